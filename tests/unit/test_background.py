@@ -118,6 +118,20 @@ def test_background_requests_make_way_when_rows_or_pages_are_theirs(depth: int) 
         assert drive.scheduler.num_background_preemptions == drive.scheduler.num_preemptions > 0
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_background_requests_send_each_other_back_for_no_row(rows: int) -> None:
+    drive = Drive(limits_of(rows=rows), depth=1)
+    requests = [request_of(n, BATCH, max_tokens=3 + n) for n in range(20)] + [request_of(20), request_of(21)]
+    for request in requests[:20]:
+        drive.add(request)
+    drive.step()
+    assert drive.scheduler.num_running == rows - rows // 16
+    for request in requests[20:]:
+        drive.add(request)
+    assert_all_got_their_tokens(drive, requests)
+    assert drive.scheduler.num_preemptions <= 2
+
+
 def test_numbers_alone_send_nobody_back_for_a_row() -> None:
     drive = Drive(limits_of(rows=1), depth=0)
     drive.add(request_of(0, 5))

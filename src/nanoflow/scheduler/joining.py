@@ -103,9 +103,10 @@ class Joining:
     def _background(self, turn: Turn, first: Sequence[Candidate]) -> list[Candidate]:
         """Those that fit beside all that run and that join, with some room left; none if an interactive one waits."""
         num_tokens = sum(len(each.waiting.token_ids) - each.num_computed for each in first)
+        num_rows = self._rows.num_free - len(first) - int(self._limits.max_num_seqs * _SPARE_ROWS)
         candidates = self._reuse.candidates(
             () if self._is_first_cut else self._waiting.background(),
-            max_requests=self._rows.num_free - len(first) - int(self._limits.max_num_seqs * _SPARE_ROWS),
+            max_requests=max(num_rows, 0),
             max_tokens=min(turn.num_left_background, turn.num_unused) - num_tokens,
             not_loaded=self._computed,
         )
