@@ -35,7 +35,6 @@ import numpy as np
 
 from benchmarks.common.document import write_document
 from nanoflow.bench.provenance import portable, portable_options, require_clean, settings_of
-from nanoflow.beside import Beside, interactive_of, table, tokens_per_s
 from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.build import build_engine
@@ -45,6 +44,7 @@ from nanoflow.models.presets import preset_name
 from nanoflow.priorities import BATCH, Priority
 from nanoflow.request import Request, SamplingParams
 from nanoflow.run_metrics import RequestRecord
+from nanoflow.two_classes import TwoClasses, interactive_of, table, tokens_per_s
 from nanoflow.workload import Lengths, draw_arrivals, draw_lengths
 
 _ENGINE = OptionGroup(kind=EngineConfig, title="engine")
@@ -253,7 +253,7 @@ def compare(
     lengths: Sequence[Lengths],
     background: Sequence[Lengths],
     args: Any,
-) -> tuple[Beside, dict[str, Any]]:
+) -> tuple[TwoClasses, dict[str, Any]]:
     """All runs: the comparison, and what else the record has of them."""
     facts, duration_s = engine.facts, args.duration
     always = {"num_at_once": facts.max_num_seqs, "duration_s": duration_s}
@@ -279,7 +279,7 @@ def compare(
         )
     )
     max_itl_ms = None if facts.limits is None else facts.limits.max_itl_ms
-    found = Beside(
+    found = TwoClasses(
         load=sum(each.num_prompt_tokens + each.num_output_tokens for each in asked) / arrivals_s[-1] / saturated,
         alone=interactive_of(alone.interactive),
         together=interactive_of(together.interactive),

@@ -103,10 +103,10 @@ def test_the_least_urgent_is_sent_back_first(depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_background_requests_make_way_when_rows_or_pages_are_theirs(depth: int) -> None:
-    for limits in (limits_of(rows=4), limits_of(num_pages=50)):
+    for limits in (limits_of(rows=4), limits_of(num_pages=30)):
         drive = Drive(limits, depth=depth)
-        requests = [request_of(n, BATCH, num_prompt=20, max_tokens=100) for n in range(4)]
-        requests += [request_of(n, 0, num_prompt=30, max_tokens=50) for n in (4, 5)]
+        requests = [request_of(n, BATCH, num_prompt=20, max_tokens=40) for n in range(4)]
+        requests += [request_of(n, 0, num_prompt=30, max_tokens=30) for n in (4, 5)]
         for request in requests[:4]:
             drive.add(request)
         for _ in range(10):

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nanoflow.beside import Beside, interactive_of, tokens_per_s
 from nanoflow.config import ConfigError
 from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime, fit_iteration_time
@@ -22,6 +21,7 @@ from nanoflow.scheduler.pace import Pace
 from nanoflow.simulate.arrivals import OTHER, Asked
 from nanoflow.simulate.replica import Iterations
 from nanoflow.simulate.serving import Cluster, Simulated, simulate_arrivals
+from nanoflow.two_classes import TwoClasses, interactive_of, tokens_per_s
 from nanoflow.workload import Lengths
 
 # Part of the time in which interactive requests come that is not measured: background requests start together.
@@ -112,7 +112,7 @@ class Work:
     background: Sequence[Lengths]
 
 
-def simulate_beside(cluster: Cluster, work: Work) -> tuple[Beside, Simulated]:
+def simulate_two_classes(cluster: Cluster, work: Work) -> tuple[TwoClasses, Simulated]:
     """Simulate each class alone, and both together.
 
     The load is the tokens/s of the interactive requests as a part of those that the device makes of requests of their
@@ -127,13 +127,13 @@ def simulate_beside(cluster: Cluster, work: Work) -> tuple[Beside, Simulated]:
     if not work.lengths or not work.background or not math.isfinite(work.arrivals_s[-1]) or not work.arrivals_s[-1]:
         raise ConfigError("background requests need interactive ones beside them, with a finite request_rate")
     until_s, count = work.arrivals_s[-1], len(work.lengths)
+    _, batch_alone_tokens_per_s = _run(cluster, replace(work, lengths=(), arrivals_s=()), until_s)
     alone, _ = _run(cluster, replace(work, background=()), until_s)
     filling = [*work.lengths] * _MOST_TIMES + [*work.lengths] * (cluster.limits.max_num_seqs // count + 1)
     _, saturated_tokens_per_s = _run(cluster, Work(lengths=(), arrivals_s=(), background=filling), until_s)
-    _, batch_alone_tokens_per_s = _run(cluster, replace(work, lengths=(), arrivals_s=()), until_s)
     together, batch_tokens_per_s = _run(cluster, work, until_s)
     num_tokens = sum(each.num_prompt_tokens + each.num_output_tokens for each in work.lengths)
-    found = Beside(
+    found = TwoClasses(
         load=num_tokens / until_s / saturated_tokens_per_s,
         alone=interactive_of(alone.records),
         together=interactive_of(together.records[:count]),

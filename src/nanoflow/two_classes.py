@@ -1,6 +1,6 @@
 """Interactive requests and background ones on one device: what each class got, from the times of its requests.
 
-Pure functions. `simulate/beside.py` and `benchmarks/engine/beside_batch.py` take the times.
+Pure functions. `simulate/two_classes.py` and `benchmarks/engine/beside_batch.py` take the times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Interactive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beside:
+class TwoClasses:
     """A measured or simulated comparison of both classes alone and together.
 
     Attributes:
@@ -77,7 +77,7 @@ def tokens_per_s(records: Sequence[RequestRecord], start_s: float, stop_s: float
     return num_tokens / (stop_s - start_s)
 
 
-def table(found: Beside) -> Iterator[str]:
+def table(found: TwoClasses) -> Iterator[str]:
     """The comparison in lines, for people."""
     yield f"{'interactive':<22}{'TTFT p50':>10}{'p99':>9}{'ITL p50':>10}{'p99':>9}   (ms)"
     for name, one in (("alone", found.alone), ("beside batch", found.together)):
