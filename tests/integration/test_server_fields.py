@@ -262,13 +262,14 @@ def test_priority_and_service_tier_reach_the_engine(path: str) -> None:
         # Without a priority, or with that of everybody, the prompt has none.
         assert post(service_tier="default", priority=0).status_code == 200
         assert engine.seen_priorities == [-3, 2, "batch", "batch", "batch", 7]
-        for fields, param in (
+        refused: tuple[tuple[dict[str, Any], str], ...] = (
             ({"priority": "low"}, "priority"),
             ({"priority": 1.5}, "priority"),
             ({"priority": True}, "priority"),
             ({"priority": 2**40}, "priority"),
             ({"service_tier": "gold"}, "service_tier"),
             ({"service_tier": "flex", "priority": 0}, "priority"),
-        ):
+        )
+        for fields, param in refused:
             answer = post(**fields)
             assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text

@@ -65,7 +65,8 @@ def assert_all_got_their_tokens(drive: Drive, requests: list[Request]) -> None:
 
 def test_lower_numbers_are_let_in_first_and_equal_ones_as_they_come() -> None:
     drive = Drive(limits_of(rows=1), depth=0)
-    requests = [request_of(n, p) for n, p in enumerate((BATCH, 3, 0, BATCH, -1, 0, 3))]
+    priorities: list[Priority] = [BATCH, 3, 0, BATCH, -1, 0, 3]
+    requests = [request_of(n, p) for n, p in enumerate(priorities)]
     for request in requests:
         drive.add(request)
     order: list[int] = []
@@ -86,7 +87,8 @@ def test_urgent_prompts_are_computed_before_those_that_came_earlier() -> None:
 @pytest.mark.parametrize("depth", [0, 1])
 def test_the_least_urgent_is_sent_back_first(depth: int) -> None:
     drive = Drive(limits_of(num_pages=30), depth=depth)
-    requests = [request_of(n, p, max_tokens=40) for n, p in enumerate((1, BATCH, 0, BATCH, 1))]
+    priorities: list[Priority] = [1, BATCH, 0, BATCH, 1]
+    requests = [request_of(n, p, max_tokens=40) for n, p in enumerate(priorities)]
     # All are let in at once, as if each was to say one token.
     drive.scheduler._lengths.counted_remaining = lambda progress: np.ones_like(progress.num_tokens)  # type: ignore[method-assign]
     for request in requests:

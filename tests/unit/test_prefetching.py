@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def counts(num_tokens: int) -> PrefetchCounts:
     return PrefetchCounts(num_tokens=num_tokens, num_cached_tokens=0, num_prefetched_tokens=0)
 
 
-def prompt(*token_ids: int, **names: str) -> Prompt:
+def prompt(*token_ids: int, **names: Any) -> Prompt:
     return Prompt(text=None, token_ids=list(token_ids), **names)
 
 
