@@ -13,6 +13,8 @@ from nanoflow.priorities import BATCH, Priority
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import Pace, SchedulerLimits
 from nanoflow.scheduler.background import Background, Hurry, Part
+from nanoflow.scheduler.class_lengths import ClassLengths
+from nanoflow.scheduler.progress import Progress
 from tests.all_cases import num_examples
 from tests.unit.fake_executor import Drive, answer_alone
 
@@ -221,6 +223,54 @@ def test_without_interactive_requests_they_have_the_whole_budget_and_never_stand
     background.note_formed(64, 65)
     assert background.max_tokens(tight, BUDGET, decode, taken, behind, NOBODY) == 0
     assert (background.counts.num_tokens, background.counts.num_all_tokens) == (64, 65)
+
+
+def test_late_first_tokens_make_background_iterations_shorter_and_others_longer_again() -> None:
+    now_s = [1.0]
+    background = Background(lambda: now_s[0], lambda: True)
+    pace = Pace(max_ttft_s=6e-3, iteration_time=TIME)
+    nothing, behind = part([]), part([(0, 500)])
+
+    def most() -> int:
+        return background.max_tokens(pace, BUDGET, nothing, nothing.taken(BUDGET), behind, NOBODY)
+
+    first = most()
+    background.note_first_tokens(Pace(iteration_time=TIME), np.array([0.0]))
+    background.note_first_tokens(pace, np.array([0.9999, 0.9999]))
+    assert most() == first < BUDGET
+    background.note_first_tokens(pace, np.array([0.9, 0.9999, 0.5]))
+    less = most()
+    assert time_s((behind, [less])) <= 2e-3 * 0.82 and less < first
+    # About one in a hundred keeps the balance.
+    for _ in range(10):
+        background.note_first_tokens(pace, np.array([0.5, *[0.9999] * 105]))
+    assert abs(most() - less) <= 1
+    for _ in range(3):
+        background.note_first_tokens(pace, np.full(100, 0.9999))
+    assert most() == first
+
+
+def test_lengths_and_preemptions_of_classes_are_learnt_apart() -> None:
+    lengths = ClassLengths()
+    is_background = np.array([True, False])
+    for generated in range(1, 400):
+        ends = np.array([generated % 10 == 0, False])
+        lengths.observe_tokens(np.array([(generated - 1) % 10 + 1, generated]), ends, is_background)
+    progress = Progress(
+        num_tokens=np.array([50, 50]),
+        num_generated=np.zeros(2, np.int64),
+        max_remaining=np.full(2, 5000),
+        is_exact=np.zeros(2, np.bool_),
+        is_background=is_background,
+    )
+    short, long = lengths.counted_remaining(progress).tolist()
+    assert short < 30 and long > 3 * short
+    assert lengths.held_remaining(progress)[0] < lengths.held_remaining(progress)[1]
+    lengths.observe_preemption(is_background=True)
+    more, same = lengths.counted_remaining(progress).tolist()
+    assert more > short and same == long
+    lengths.observe_end(3, is_background=False)
+    assert lengths.counted_remaining(progress)[1] < long
 
 
 def test_decodes_of_background_requests_are_left_out_and_go_on_later() -> None:

@@ -271,7 +271,7 @@ def make_misjudging_drive(*, depth: int, num_pages: int = 7) -> Drive:
     """A scheduler that believes outputs are short, so that it admits too many and must preempt."""
     limits = make_limits(budget=64, max_model_len=28, num_pages=num_pages, page_size=4)
     drive = Drive(limits, depth=depth)
-    drive.scheduler._lengths.observe_tokens(np.ones(500, dtype=np.int64), np.ones(500, dtype=np.bool_))
+    drive.scheduler._lengths.interactive.observe_tokens(np.ones(500, dtype=np.int64), np.ones(500, dtype=np.bool_))
     return drive
 
 

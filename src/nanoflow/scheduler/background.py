@@ -6,8 +6,8 @@ the iteration (`plan/iteration_time.py`) keeps within the bounds of the pace:
 
 1. With decodes of interactive requests: the longest gap between tokens.
 2. With a longest time to the first token: a part of it, as a request that comes now waits for the iterations that are
-   under way; and while prompts of interactive requests are computed, no more than the time that the one in the greatest
-   hurry can still lose.
+   under way, learnt from how many first tokens are late; and while prompts of interactive requests are computed, no
+   more than the time that the one in the greatest hurry can still lose.
 
 Without interactive requests there is no bound but that of 2. Without a prediction there is none but the token budget.
 HyGen (https://arxiv.org/abs/2501.14808) and ConServe (https://arxiv.org/abs/2410.01228) do so too: online work first,
@@ -28,8 +28,11 @@ from nanoflow.graph.operation import BatchShape
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.scheduler.pace import Pace
 
-# A request that arrives waits for the iteration on the device and for the one that is formed, before its own.
-_ITERATIONS_TO_FIRST_TOKEN = 3
+# A request that arrives waits for the iteration on the device and for the one that is formed, before its own: at first
+# an iteration may take a third of the time to the first token. Each first token that is late makes that part smaller,
+# and each in time a little larger again, so that about one in a hundred is late: requests come in bursts.
+_MOST_PART, _LEAST_PART = 1 / 3, 1 / 48
+_LESS_BY_LATE, _MORE_IN_TIME = 0.9, 1.001
 # Whatever the bounds say, background requests get so many tokens after so long without any: they never stand still
 # while there is room in the token budget.
 _LEAST_TOKENS = 64
@@ -106,6 +109,7 @@ class Background:
         self._clock, self._is_there = clock, is_there
         self._served_s = clock()
         self._predicted_s = self._in_flight_s = 0.0
+        self._part = _MOST_PART
         self.counts = BackgroundCounts()
 
     def max_tokens(
@@ -152,6 +156,13 @@ class Background:
             num_all_tokens=self.counts.num_all_tokens + num_all_tokens,
         )
 
+    def note_first_tokens(self, pace: Pace, arrival_s: Float64) -> None:
+        """Interactive requests that came at these times (float64 [N]) have got their first token now."""
+        if pace.max_ttft_s is not None and len(arrival_s):
+            num_late = int(np.count_nonzero(self._clock() - arrival_s > pace.max_ttft_s))
+            changed = self._part * _LESS_BY_LATE**num_late * _MORE_IN_TIME ** (len(arrival_s) - num_late)
+            self._part = min(max(changed, _LEAST_PART), _MOST_PART)
+
     def _bound_s(
         self,
         pace: Pace,
@@ -167,7 +178,7 @@ class Background:
         if has_decodes and pace.max_itl_s is not None:
             bounds.append(pace.max_itl_s)
         if pace.max_ttft_s is not None:
-            bounds.append(pace.max_ttft_s / _ITERATIONS_TO_FIRST_TOKEN)
+            bounds.append(pace.max_ttft_s * self._part)
             if len(hurry.arrival_s):
                 prompt = BatchShape(num_tokens=max_batch_tokens, prefill_context=max_batch_tokens**2 // 2)
                 token_s = iteration_time.predict_s(prompt) / max_batch_tokens

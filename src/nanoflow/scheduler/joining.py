@@ -14,8 +14,8 @@ from nanoflow.batch import Int64
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.priorities import BATCH, rank_of
 from nanoflow.scheduler.admission import num_admissible
+from nanoflow.scheduler.class_lengths import ClassLengths
 from nanoflow.scheduler.forming import Turn
-from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.policies import Policies
 from nanoflow.scheduler.progress import Progress
@@ -48,7 +48,7 @@ class Joining:
         pages: PagePools,
         waiting: WaitingQueue,
         reuse: PrefixReuse,
-        lengths: OutputLength,
+        lengths: ClassLengths,
         tenancy: Tenancy,
     ) -> None:
         self._limits, self._policies, self._tenancy = limits, policies, tenancy
@@ -193,4 +193,5 @@ class Joining:
             num_generated=num_generated,
             max_remaining=max_total - num_tokens,
             is_exact=np.array([each.request.params.ignore_eos for each in waiting], dtype=np.bool_),
+            is_background=np.array([each.request.is_background for each in waiting], dtype=np.bool_),
         )

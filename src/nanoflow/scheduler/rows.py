@@ -202,6 +202,10 @@ class RowTable:
         """All known tokens of a row, int32 [num_known]: not a copy, and as it is until the next change."""
         return self._token_ids[row, : self.num_known[row]]
 
+    def interactive_arrivals(self, rows: Int64) -> Float64:
+        """When the interactive requests of these rows (int64 [N]) came, float64 [up to N]."""
+        return self.arrival_s[rows[self.rank[rows] < rank_of(BATCH)]]
+
     def progress(self, count: int | None = None) -> Progress:
         """Lengths of the running requests, or of the first so many of them, in their order."""
         order = self.order[:count]
@@ -211,6 +215,7 @@ class RowTable:
             num_generated=num_tokens - self.num_prompt[order],
             max_remaining=self.max_total[order] - num_tokens,
             is_exact=self.is_exact[order],
+            is_background=self.rank[order] == rank_of(BATCH),
         )
 
     def check_integrity(self) -> None:

@@ -26,11 +26,11 @@ from nanoflow.outputs import Finished, FinishReason
 from nanoflow.priorities import BATCH, rank_of
 from nanoflow.request import Request
 from nanoflow.scheduler.background import Background
+from nanoflow.scheduler.class_lengths import ClassLengths
 from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.joining import Joining
 from nanoflow.scheduler.key_events import Put, key_events
-from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.policies import Policies, default_policies
@@ -87,7 +87,7 @@ class Scheduler:
             watch=events,
         )
         self._waiting = WaitingQueue(is_ready)
-        self._lengths = OutputLength()
+        self._lengths = ClassLengths()
         self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
         self._policies = policies or default_policies(self.tiers)
         self._reuse = PrefixReuse(self._pages, limits, events, self.tiers, self._policies.queueing)
@@ -193,7 +193,7 @@ class Scheduler:
             return self._waiting.discard(request_id)
         num_generated = int(self._rows.num_known[row] - self._rows.num_prompt[row])
         if num_generated and not self._rows.is_exact[row]:
-            self._lengths.observe_end(num_generated)
+            self._lengths.observe_end(num_generated, is_background=self._rows.tenant(row).is_background)
         self._tenancy.release([row])
         return True
 
@@ -246,7 +246,6 @@ class Scheduler:
         self.drafts.note_committed(batch)
         if has_drafts:
             self._take_back(batch, is_alive, is_counting)
-
         request_ids = rows.request_id[kept_rows]
         finished = {
             int(rows.request_id[row]): Finished(reason=FinishReason.ERROR, error=result.errors[place])
@@ -256,13 +255,13 @@ class Scheduler:
         # A length that was known from the start says nothing of those that are not.
         is_telling = ~rows.is_exact[kept_rows]
         num_generated = positions.astype(np.int64) + 1 - rows.num_prompt[kept_rows]
-        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling])
+        is_background = rows.rank[kept_rows[is_telling]] == rank_of(BATCH)
+        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling], is_background)
+        self.background.note_first_tokens(self.pace, rows.interactive_arrivals(kept_rows[num_generated == 1]))
         ending = np.flatnonzero(is_last)
         for index in ending.tolist():
-            row = int(kept_rows[index])
-            finished[int(request_ids[index])] = end_of(
-                rows.tenant(row), int(token_ids[index]), is_stop=bool(is_stop[index])
-            )
+            request = rows.tenant(int(kept_rows[index]))
+            finished[request.request_id] = end_of(request, int(token_ids[index]), is_stop=bool(is_stop[index]))
         for row in failed:
             self._reuse.fail(row)
         self._reuse.note_known(kept_rows, rows)

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanoflow.batch import Int64, Joined
 from nanoflow.kvcache.pools import PagePools
-from nanoflow.scheduler.lengths import OutputLength
+from nanoflow.scheduler.class_lengths import ClassLengths
 from nanoflow.scheduler.policies import Victim
 from nanoflow.scheduler.results import SchedulerEvents
 from nanoflow.scheduler.reuse import Candidate, PrefixReuse
@@ -39,7 +39,7 @@ class Tenancy:
         pages: PagePools,
         waiting: WaitingQueue,
         reuse: PrefixReuse,
-        lengths: OutputLength,
+        lengths: ClassLengths,
         victim: Victim,
         vocab_size: int,
     ) -> None:
@@ -104,9 +104,7 @@ class Tenancy:
         self._events.preempted.append(request.request_id)
         self.num_preemptions += 1
         self.num_background_preemptions += request.is_background
-        if not request.is_background:
-            # Too little was expected of those that run; background requests also make way for others.
-            self._lengths.observe_preemption()
+        self._lengths.observe_preemption(is_background=request.is_background)
         return request.rank
 
     def drain_events(self) -> SchedulerEvents:

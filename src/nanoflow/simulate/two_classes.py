@@ -116,7 +116,7 @@ def simulate_two_classes(cluster: Cluster, work: Work) -> tuple[TwoClasses, Simu
     """Simulate each class alone, and both together.
 
     The load is the tokens/s of the interactive requests as a part of those that the device makes of requests of their
-    lengths when there are always more of them, without bounds.
+    lengths when there are always more of them, within the same bound on background requests.
 
     Returns:
         The comparison, and the run with both.
