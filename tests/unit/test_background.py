@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow.graph.operation import BatchShape
+from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.plan.iteration_time import IterationTime
 from nanoflow.priorities import BATCH, Priority
 from nanoflow.request import Request, SamplingParams
@@ -20,7 +24,14 @@ from tests.unit.fake_executor import Drive, answer_alone
 
 TIME = IterationTime(fixed_s=1e-3, token_s=1e-5, sampled_s=1e-6, key_s=1e-7, pair_s=1e-8)
 BUDGET = 256
-NOBODY = Hurry(arrival_s=np.zeros(0), num_behind=np.zeros(0, dtype=np.int64))
+
+
+def hurry_of(*num_behind: int) -> Callable[[], Hurry]:
+    """Requests that came at 0 and wait for so many tokens after this iteration."""
+    return lambda: Hurry(arrival_s=np.zeros(len(num_behind)), num_behind=np.array(num_behind, dtype=np.int64))
+
+
+NOBODY = hurry_of()
 
 
 def limits_of(*, rows: int = 8, num_pages: int = 200, budget: int = BUDGET) -> SchedulerLimits:
@@ -144,6 +155,21 @@ def test_numbers_alone_send_nobody_back_for_a_row() -> None:
     assert ids_in(drive) == [0] and drive.scheduler.num_preemptions == 0
 
 
+def test_an_interactive_request_waits_for_no_prefix_that_a_background_one_computes() -> None:
+    drive = Drive(limits_of(budget=24), depth=1)
+    prompt, root = [place % 100 for place in range(80)], root_key()
+    keys = b"".join((root, *page_keys(prompt, 4, root)))
+    requests = [replace(request_of(n, p), prompt_token_ids=prompt, page_keys=keys) for n, p in enumerate((BATCH, 0, 0))]
+    drive.add(requests[0])
+    assert ids_in(drive) == [0]
+    drive.add(requests[1])
+    # It takes the first page, which is there by now, and all of the budget; the next one waits for it.
+    assert ids_in(drive) == [1]
+    drive.add(requests[2])
+    assert ids_in(drive) == [1] and drive.scheduler.num_running == 2
+    assert_all_got_their_tokens(drive, requests)
+
+
 # Bounds
 
 
@@ -201,13 +227,11 @@ def test_a_prompt_in_a_hurry_takes_the_time_of_background_requests() -> None:
     taken = first.taken(BUDGET)
     found = []
     for now_s in (0.0, 27.4e-3, 27.97e-3, 40e-3):
-        hurry = Hurry(arrival_s=np.zeros(1), num_behind=np.zeros(1, dtype=np.int64))
         background = Background(lambda now_s=now_s: now_s, lambda: True)  # type: ignore[misc]
-        found.append(background.max_tokens(pace, BUDGET, first, taken, behind, hurry))
+        found.append(background.max_tokens(pace, BUDGET, first, taken, behind, hurry_of(0)))
     # The prompt alone takes 2.05 ms of an iteration.
     assert found[0] == BUDGET - 100 and 0 < found[1] < 40 and found[2:] == [0, 0]
-    later = Hurry(arrival_s=np.zeros(1), num_behind=np.array([2000]))
-    assert Background(lambda: 0.0, lambda: True).max_tokens(pace, BUDGET, first, taken, behind, later) == 0
+    assert Background(lambda: 0.0, lambda: True).max_tokens(pace, BUDGET, first, taken, behind, hurry_of(2000)) == 0
 
 
 def test_without_interactive_requests_they_have_the_whole_budget_and_never_stand_still_for_long() -> None:

@@ -113,7 +113,7 @@ class Background:
         self.counts = BackgroundCounts()
 
     def max_tokens(
-        self, pace: Pace, max_batch_tokens: int, first: Part, taken: Int64, behind: Part, hurry: Hurry
+        self, pace: Pace, max_batch_tokens: int, first: Part, taken: Int64, behind: Part, hurry: Callable[[], Hurry]
     ) -> int:
         """Most tokens of background requests in the next iteration.
 
@@ -124,7 +124,7 @@ class Background:
             max_batch_tokens: The token budget.
             first, taken: Interactive requests, and the tokens that each of them gets (int64 [N]).
             behind: Background requests.
-            hurry: Those of the interactive ones that have no token yet.
+            hurry: Says which of the interactive ones have no token yet; asked only where it matters.
         """
         room = max_batch_tokens - int(taken.sum())
         iteration_time = pace.iteration_time
@@ -168,7 +168,7 @@ class Background:
         pace: Pace,
         iteration_time: IterationTime,
         max_batch_tokens: int,
-        hurry: Hurry,
+        hurry: Callable[[], Hurry],
         *,
         has_decodes: bool,
         now_s: float,
@@ -179,11 +179,12 @@ class Background:
             bounds.append(pace.max_itl_s)
         if pace.max_ttft_s is not None:
             bounds.append(pace.max_ttft_s * self._part)
-            if len(hurry.arrival_s):
+            waiting = hurry()
+            if len(waiting.arrival_s):
                 prompt = BatchShape(num_tokens=max_batch_tokens, prefill_context=max_batch_tokens**2 // 2)
                 token_s = iteration_time.predict_s(prompt) / max_batch_tokens
                 start_s = now_s + self._in_flight_s
-                left_s = hurry.arrival_s + pace.max_ttft_s - start_s - hurry.num_behind * token_s
+                left_s = waiting.arrival_s + pace.max_ttft_s - start_s - waiting.num_behind * token_s
                 bounds.append(float(left_s.min()))
         return min(bounds)
 

@@ -27,6 +27,9 @@ class ClassLengths:
 
     def observe_tokens(self, num_generated: Int64, is_last: Bool, is_background: Bool) -> None:
         """Count one token of each request."""
+        if not is_background.any():
+            self.interactive.observe_tokens(num_generated, is_last)
+            return
         for lengths, is_own in ((self.interactive, ~is_background), (self.background, is_background)):
             if is_own.any():
                 lengths.observe_tokens(num_generated[is_own], is_last[is_own])

@@ -56,8 +56,9 @@ def fill_budget(table: RowTable, pace: Pace, background: Background, max_batch_t
     first, behind = _part(table, table.order[:num_first]), _part(table, table.order[num_first:])
     max_tokens = pace.max_tokens(max_batch_tokens, first.num_before, first.num_pending)
     taken_first = first.taken(max_tokens)
-    hurry = _hurry(table, first, taken_first)
-    max_behind = background.max_tokens(pace, max_batch_tokens, first, taken_first, behind, hurry)
+    max_behind = background.max_tokens(
+        pace, max_batch_tokens, first, taken_first, behind, lambda: _hurry(table, first, taken_first)
+    )
     taken_behind = behind.taken(max_behind)
     rows, num_before, num_pending, num_taken = (
         np.concatenate(both)
