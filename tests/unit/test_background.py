@@ -312,3 +312,56 @@ def test_decodes_of_background_requests_are_left_out_and_go_on_later() -> None:
     seen = [set(ids_in(drive)) for _ in range(6)]
     assert any(ids and not ids & {0, 1, 2} for ids in seen) and all(ids & {3, 4, 5, 6} for ids in seen)
     assert_all_got_their_tokens(drive, requests)
+
+
+@st.composite
+def mixed_requests(draw: st.DrawFn) -> list[tuple[float, Request]]:
+    """When each comes, in seconds, and the request."""
+    found = []
+    for number in range(draw(st.integers(2, 12))):
+        arrival_s = draw(st.sampled_from([0.0, 0.0, 2e-3, 9e-3, 30e-3]))
+        request = request_of(
+            number,
+            draw(st.sampled_from([0, 0, 3, BATCH, BATCH, BATCH])),
+            num_prompt=draw(st.integers(1, 90)),
+            max_tokens=draw(st.integers(1, 30)),
+            arrival_s=arrival_s,
+        )
+        found.append((arrival_s, request))
+    return sorted(found, key=lambda one: one[0])
+
+
+@settings(max_examples=num_examples(14), deadline=None)
+@given(mixed_requests(), st.sampled_from([1.15e-3, 1.5e-3]), st.sampled_from([None, 6e-3]), st.integers(0, 1))
+def test_no_iteration_with_tokens_of_both_classes_takes_longer_than_the_bounds(
+    requests: list[tuple[float, Request]], itl_s: float, ttft_s: float | None, depth: int
+) -> None:
+    """On a clock on which iterations take what is predicted."""
+    now_s, of_id = [0.0], {request.request_id: request for _, request in requests}
+    pace = Pace(max_itl_s=itl_s, max_ttft_s=ttft_s, iteration_time=TIME, min_prompt_tokens=4)
+    drive = Drive(limits_of(rows=6, num_pages=60, budget=64), depth=depth, pace=pace, clock=lambda: now_s[0])
+    coming, served_s = list(requests), 0.0
+    while coming or drive.scheduler.has_unfinished or drive.in_flight:
+        while coming and coming[0][0] <= now_s[0]:
+            drive.add(coming.pop(0)[1])
+        is_there = sum(drive.scheduler.num_background) > 0
+        batch = drive.step()
+        drive.scheduler.check_integrity()
+        if batch is None:
+            now_s[0] += 1e-3
+            continue
+        classes = [of_id[drive.executor.tenants[row].joined.seed].is_background for row in batch.rows.tolist()]
+        counts = np.diff(batch.query_start)
+        num_background = int(counts[np.array(classes)].sum())
+        time_s = TIME.predict_s(batch.shape)
+        has_decodes = not all(classes[: batch.num_decodes])
+        if num_background and not (num_background <= 64 and now_s[0] > served_s + 1.0):
+            assert not has_decodes or time_s <= itl_s * (1 + 1e-9)
+            assert ttft_s is None or time_s <= ttft_s / 3 * (1 + 1e-9)
+        if num_background or not is_there:
+            served_s = now_s[0]
+        now_s[0] += time_s
+        assert now_s[0] < 60, "no end in sight"
+    for _, request in requests:
+        assert drive.answers[request.request_id] == answer_alone(request, drive.executor.limits)
+    assert drive.scheduler.fullest_pool.num_in_use == drive.scheduler.num_running == 0
