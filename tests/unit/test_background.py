@@ -159,7 +159,8 @@ def test_an_interactive_request_waits_for_no_prefix_that_a_background_one_comput
     drive = Drive(limits_of(budget=24), depth=1)
     prompt, root = [place % 100 for place in range(80)], root_key()
     keys = b"".join((root, *page_keys(prompt, 4, root)))
-    requests = [replace(request_of(n, p), prompt_token_ids=prompt, page_keys=keys) for n, p in enumerate((BATCH, 0, 0))]
+    priorities: list[Priority] = [BATCH, 0, 0]
+    requests = [replace(request_of(n, p), prompt_token_ids=prompt, page_keys=keys) for n, p in enumerate(priorities)]
     drive.add(requests[0])
     assert ids_in(drive) == [0]
     drive.add(requests[1])
