@@ -39,6 +39,7 @@ from nanoflow.cli.options import CommandParser, OptionGroup
 from nanoflow.config import ConfigError, EngineConfig
 from nanoflow.engine.build import build_engine
 from nanoflow.engine.engine import Engine
+from nanoflow.engine.garbage import heap_left_alone
 from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.models.presets import preset_name
 from nanoflow.priorities import BATCH, Priority
@@ -121,19 +122,27 @@ class Driver:
     def run(self, work: Work) -> Run:
         """One run, at the end of which nothing is left in the engine."""
         self._asked, living = {}, set[int]()
-        coming = list(zip(work.lengths, work.arrivals_s, strict=True))[::-1]
+        # Requests are made before the clock starts, but for background ones that come later, about one an iteration.
+        coming = [
+            (self._prompt(length), arrival_s) for length, arrival_s in zip(work.lengths, work.arrivals_s, strict=True)
+        ]
+        coming.reverse()
         more = itertools.cycle(work.background) if work.background else iter(())
         start_s, num_background = time.monotonic(), 0
+        for length in itertools.islice(more, work.num_at_once):
+            living.add(self._add(self._prompt(length), 0.0, start_s, BATCH))
+            num_background += 1
+        start_s = time.monotonic()
         while True:
             now_s = time.monotonic() - start_s
             while coming and coming[-1][1] <= now_s:
-                length, arrival_s = coming.pop()
-                living.add(self._add(length, arrival_s, start_s, 0))
+                prompt, arrival_s = coming.pop()
+                living.add(self._add(prompt, arrival_s, start_s, 0))
             is_open = now_s < work.duration_s or bool(coming) or len(living) > num_background
             if not is_open:
                 break
             for length in itertools.islice(more, work.num_at_once - num_background):
-                living.add(self._add(length, now_s, start_s, BATCH))
+                living.add(self._add(self._prompt(length), now_s, start_s, BATCH))
                 num_background += 1
             if not self._engine.has_work:
                 wait_s = coming[-1][1] - now_s if coming else work.duration_s - now_s
@@ -150,30 +159,29 @@ class Driver:
         rate = tokens_per_s(records[True], _RAMP_UP * work.duration_s, work.duration_s)
         return Run(interactive=records[False], background=records[True], background_tokens_per_s=rate)
 
-    def _add(self, length: Lengths, arrival_s: float, start_s: float, priority: Priority) -> int:
-        facts, request_id = self._engine.facts, next(self._ids)
+    def _prompt(self, length: Lengths) -> Request:
+        """A request of this length that comes at 0, with a prompt of its own."""
+        facts, request_id, max_tokens = self._engine.facts, next(self._ids), length.num_output_tokens
         prompt: list[int] = self._rng.integers(0, facts.vocab_size, length.num_prompt_tokens).tolist()
         root = root_key(str(request_id))
-        request = Request(
+        return Request(
             request_id=request_id,
             prompt_token_ids=prompt,
-            params=SamplingParams(
-                temperature=0.0, max_tokens=length.num_output_tokens, ignore_eos=True, detokenize=False
-            ),
+            params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False),
             seed=0,
-            max_tokens=length.num_output_tokens,
-            arrival_s=start_s + arrival_s,
+            max_tokens=max_tokens,
             page_keys=b"".join((root, *page_keys(prompt, facts.page_size, root))) if facts.has_prefix_cache else b"",
-            priority=priority,
         )
-        self._asked[request_id] = _Asked(
-            num_prompt_tokens=length.num_prompt_tokens,
-            num_output_tokens=length.num_output_tokens,
+
+    def _add(self, made: Request, arrival_s: float, start_s: float, priority: Priority) -> int:
+        self._asked[made.request_id] = _Asked(
+            num_prompt_tokens=len(made.prompt_token_ids),
+            num_output_tokens=made.max_tokens,
             arrival_s=arrival_s,
             is_background=priority == BATCH,
         )
-        self._engine.add(request)
-        return request_id
+        self._engine.add(dataclasses.replace(made, arrival_s=start_s + arrival_s, priority=priority))
+        return made.request_id
 
     def _step(self, start_s: float) -> list[int]:
         """An iteration; the requests that have ended."""
@@ -212,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     engine = build_engine(config)
     try:
-        found, runs = compare(Driver(engine, config.seed), engine, config, lengths, background, args)
+        with heap_left_alone():
+            found, runs = compare(Driver(engine, config.seed), engine, config, lengths, background, args)
         settings = settings_of(config, engine.facts)
     finally:
         engine.close()

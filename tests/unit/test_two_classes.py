@@ -55,10 +55,10 @@ def test_the_share_is_that_of_what_the_load_leaves() -> None:
 def test_the_benchmark_runs_both_classes_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "record.json"
     engine = ("--max-num-seqs", "8", "--max-batch-tokens", "64", "--num-pages", "200", "--max-ttft-ms", "500")
-    load = ("--workload", "6/4", "--batch-workload", "8/4", "--duration", "0.3", "--request-rate", "20")
+    load = ("--workload", "6/4", "--batch-workload", "8/4", "--duration", "0.6", "--request-rate", "10")
     assert beside_batch.main([*engine, *load, "--json", str(path), "--allow-dirty"]) == 0
     assert "share of the rest" in capsys.readouterr().out
     found = json.loads(path.read_text())
     result = found["result"]
     assert result["together"]["num_requests"] == result["alone"]["num_requests"] == 6
-    assert result["batch_tokens_per_s"] > 0 and result["max_ttft_s"] == 0.5 and found["options"]["request_rate"] == 20
+    assert result["batch_tokens_per_s"] > 0 and result["max_ttft_s"] == 0.5 and found["options"]["request_rate"] == 10
