@@ -55,9 +55,19 @@ class Part:
 
     def taken(self, num_tokens: int) -> Int64:
         """How many tokens each gets if all together get so many, int64 [N]."""
+        if len(self.rows) == 0:
+            return self.num_pending
         ahead = np.cumsum(self.num_pending) - self.num_pending
         taken: Int64 = np.clip(num_tokens - ahead, 0, self.num_pending)
         return taken
+
+    def __add__(self, other: Part) -> Part:
+        """These requests, then those."""
+        return Part(
+            rows=np.concatenate((self.rows, other.rows)),
+            num_before=np.concatenate((self.num_before, other.num_before)),
+            num_pending=np.concatenate((self.num_pending, other.num_pending)),
+        )
 
     def and_a_prompt(self, num_tokens: int) -> Part:
         """The same, and behind them the beginning of a prompt of so many tokens."""

@@ -16,6 +16,8 @@ from nanoflow.scheduler.background import Background, Hurry, Part
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
 
+_NOBODY = Part(rows=np.zeros(0, np.int64), num_before=np.zeros(0, np.int64), num_pending=np.zeros(0, np.int64))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
@@ -53,37 +55,37 @@ def fill_budget(table: RowTable, pace: Pace, background: Background, max_batch_t
     In each class those with one pending token come first, then the others, each in the order of the rows.
     """
     num_first = table.num_interactive
-    first, behind = _part(table, table.order[:num_first]), _part(table, table.order[num_first:])
+    first = _part(table, table.order[:num_first])
     max_tokens = pace.max_tokens(max_batch_tokens, first.num_before, first.num_pending)
     taken_first = first.taken(max_tokens)
+    behind = _part(table, table.order[num_first:]) if num_first < table.num_running else _NOBODY
     max_behind = background.max_tokens(
         pace, max_batch_tokens, first, taken_first, behind, lambda: _hurry(table, first, taken_first)
     )
     taken_behind = behind.taken(max_behind)
-    rows, num_before, num_pending, num_taken = (
-        np.concatenate(both)
-        for both in (
-            (first.rows, behind.rows),
-            (first.num_before, behind.num_before),
-            (first.num_pending, behind.num_pending),
-            (taken_first, taken_behind),
-        )
-    )
-    is_there = num_taken > 0
-    places = np.concatenate(
-        (np.flatnonzero(is_there & (num_pending == 1)), np.flatnonzero(is_there & (num_pending > 1)))
-    )
+    both, num_taken, places = _in_batch_order(first, taken_first, behind, taken_behind)
     num_background = int(taken_behind.sum())
     return Turn(
-        rows=rows[places],
-        num_before=num_before[places],
-        num_pending=num_pending[places],
+        rows=both.rows[places],
+        num_before=both.num_before[places],
+        num_pending=both.num_pending[places],
         num_taken=num_taken[places],
         num_left=max_tokens - int(taken_first.sum()),
         num_background=num_background,
         num_left_background=max_behind - num_background,
-        num_drafts=np.zeros(len(places), dtype=np.int64),
+        num_drafts=np.zeros_like(both.rows[places]),
     )
+
+
+def _in_batch_order(
+    first: Part, taken_first: Int64, behind: Part, taken_behind: Int64
+) -> tuple[Part, Int64, Int64 | slice]:
+    """All requests with their tokens, and the places of those that get any; with one pending token they come first."""
+    if len(behind.rows) == 0:
+        return first, taken_first, slice(np.count_nonzero(taken_first))
+    both, taken = first + behind, np.concatenate((taken_first, taken_behind))
+    is_there, is_decode = taken > 0, both.num_pending == 1
+    return both, taken, np.concatenate((np.flatnonzero(is_there & is_decode), np.flatnonzero(is_there & ~is_decode)))
 
 
 def _part(table: RowTable, rows: Int64) -> Part:

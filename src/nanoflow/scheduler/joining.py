@@ -94,6 +94,9 @@ class Joining:
             max_tokens=turn.num_left,
             not_loaded=self._computed,
         )
+        self._is_first_cut = False
+        if not candidates:
+            return []
         # Pages that background requests hold too may go with them.
         is_shared = num_first == num_running
         num_fitting = self._num_fitting(self._rows.progress(num_first), candidates, is_shared=is_shared)
@@ -102,10 +105,12 @@ class Joining:
 
     def _background(self, turn: Turn, first: Sequence[Candidate]) -> list[Candidate]:
         """Those that fit beside all that run and that join, with some room left; none if an interactive one waits."""
+        if self._is_first_cut or not self._waiting.num_background:
+            return []
         num_tokens = sum(len(each.waiting.token_ids) - each.num_computed for each in first)
         num_rows = self._rows.num_free - len(first) - int(self._limits.max_num_seqs * _SPARE_ROWS)
         candidates = self._reuse.candidates(
-            () if self._is_first_cut else self._waiting.background(),
+            self._waiting.background(),
             max_requests=max(num_rows, 0),
             max_tokens=min(turn.num_left_background, turn.num_unused) - num_tokens,
             not_loaded=self._computed,

@@ -38,6 +38,7 @@ class RowTable:
 
     Attributes:
         order: int64 [num_running], the rows in use: those of lower rank first, of one rank in order of admission.
+        num_interactive: How many of these, the first, have no background request.
         requests: The tenant of each row; None if it is free.
         request_id: Of the tenant.
         epoch: Which tenant of the row this is; grows whenever one leaves.
@@ -59,6 +60,7 @@ class RowTable:
         self._free = list(range(num_rows - 1, -1, -1))
         self._row_of: dict[int, int] = {}
         self.order: Int64 = np.zeros(0, dtype=np.int64)
+        self.num_interactive = 0
         self.requests: list[Request | None] = [None] * num_rows
         self.request_id, self.epoch, self.num_prompt, self.num_sent = np.zeros((4, num_rows), dtype=np.int64)
         self.num_known, self.num_tokens, self.num_computed = np.zeros((3, num_rows), dtype=np.int64)
@@ -81,11 +83,6 @@ class RowTable:
     def num_free(self) -> int:
         """Rows not in use."""
         return len(self._free)
-
-    @property
-    def num_interactive(self) -> int:
-        """How many of the rows in use, the first in their order, have no background request."""
-        return int(np.searchsorted(self.rank[self.order], rank_of(BATCH)))
 
     def find(self, request_id: int) -> int | None:
         """The row of a request; None if it does not run."""
@@ -117,8 +114,7 @@ class RowTable:
         self.request_id[rows] = [request.request_id for request in requests]
         self.rank[rows] = [request.rank for request in requests]
         self.arrival_s[rows] = [request.arrival_s for request in requests]
-        order = np.concatenate((self.order, rows))
-        self.order = order[np.argsort(self.rank[order], kind="stable")]
+        self._set_order(np.concatenate((self.order, rows)))
         self.num_prompt[rows] = num_prompt
         self.num_sent[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
         self.num_computed[rows] = num_computed
@@ -139,13 +135,19 @@ class RowTable:
         """Free these rows; what is still on its way for their tenants will be recognised by its epoch."""
         is_staying = np.ones(len(self.requests), dtype=np.bool_)
         is_staying[rows] = False
-        self.order = self.order[is_staying[self.order]]
+        self._set_order(self.order[is_staying[self.order]])
         self.epoch[rows] += 1
         for row in rows:
             del self._row_of[self.tenant(row).request_id]
             self.requests[row] = None
             self._more_stop_ids.pop(row, None)
         self._free.extend(rows)
+
+    def behind(self, rows: Int64) -> Int64:
+        """The rows in use that are less urgent than one of these (int64 [N])."""
+        if len(rows) == 0 or self.rank[rows].min() == self.rank[self.order[-1]]:
+            return rows[:0]
+        return self.order[np.searchsorted(self.rank[self.order], self.rank[rows].min(), side="right") :]
 
     def num_pending(self, rows: Int64) -> Int64:
         """Tokens that are there and not computed, int64 [len(rows)]; a request's last token is never computed."""
@@ -202,9 +204,11 @@ class RowTable:
         """All known tokens of a row, int32 [num_known]: not a copy, and as it is until the next change."""
         return self._token_ids[row, : self.num_known[row]]
 
-    def interactive_arrivals(self, rows: Int64) -> Float64:
-        """When the interactive requests of these rows (int64 [N]) came, float64 [up to N]."""
-        return self.arrival_s[rows[self.rank[rows] < rank_of(BATCH)]]
+    def are_background(self, rows: Int64) -> Bool:
+        """Whether these rows in use (int64 [N]) have background requests, bool [N]."""
+        if self.num_interactive == len(self.order):
+            return np.zeros(len(rows), dtype=np.bool_)
+        return self.rank[rows] == rank_of(BATCH)
 
     def progress(self, count: int | None = None) -> Progress:
         """Lengths of the running requests, or of the first so many of them, in their order."""
@@ -215,7 +219,7 @@ class RowTable:
             num_generated=num_tokens - self.num_prompt[order],
             max_remaining=self.max_total[order] - num_tokens,
             is_exact=self.is_exact[order],
-            is_background=self.rank[order] == rank_of(BATCH),
+            is_background=self.are_background(order),
         )
 
     def check_integrity(self) -> None:
@@ -233,6 +237,13 @@ class RowTable:
             raise RuntimeError("num_computed <= num_tokens <= max_total does not hold")
         if (self.num_known[rows] > self.num_tokens[rows]).any() or (self.num_sent > self.num_known)[rows].any():
             raise RuntimeError("num_sent <= num_known <= num_tokens does not hold")
+
+    def _set_order(self, order: Int64) -> None:
+        ranks = self.rank[order]
+        if (ranks[1:] < ranks[:-1]).any():
+            places = np.argsort(ranks, kind="stable")
+            order, ranks = order[places], ranks[places]
+        self.order, self.num_interactive = order, int(ranks.searchsorted(rank_of(BATCH)))
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
         few, more = ids[:_NUM_STOP_IDS], ids[_NUM_STOP_IDS:]

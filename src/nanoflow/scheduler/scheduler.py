@@ -255,9 +255,10 @@ class Scheduler:
         # A length that was known from the start says nothing of those that are not.
         is_telling = ~rows.is_exact[kept_rows]
         num_generated = positions.astype(np.int64) + 1 - rows.num_prompt[kept_rows]
-        is_background = rows.rank[kept_rows[is_telling]] == rank_of(BATCH)
-        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling], is_background)
-        self.background.note_first_tokens(self.pace, rows.interactive_arrivals(kept_rows[num_generated == 1]))
+        is_background = rows.are_background(kept_rows)
+        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling], is_background[is_telling])
+        first_rows = kept_rows[(num_generated == 1) & ~is_background]
+        self.background.note_first_tokens(self.pace, rows.arrival_s[first_rows])
         ending = np.flatnonzero(is_last)
         for index in ending.tolist():
             request = rows.tenant(int(kept_rows[index]))
@@ -331,9 +332,9 @@ class Scheduler:
         """Let in who can join now, of lower rank than those that were sent back; False if nobody can."""
         newcomers = self._joining.admit(turn, before)
         self.drafts.join(newcomers, [self._rows.tenant(row) for row in newcomers.tolist()])
-        if len(newcomers):
-            # Less urgent ones may compute less than they have got pages for.
-            self._pages.shrink(self._rows.order, self._rows.num_computed[self._rows.order])
+        # Less urgent ones may compute less than they have got pages for.
+        behind = self._rows.behind(newcomers)
+        self._pages.shrink(behind, self._rows.num_computed[behind])
         return len(newcomers) > 0
 
     def _advance(self, turn: Turn) -> DenseBatch:

@@ -72,7 +72,9 @@ class Tenancy:
         """What the device must know of those of these rows (int64 [N]) that are in a batch for the first time."""
         if not self._untold:
             return ()
-        return tuple(self._untold.pop(row) for row in rows.tolist() if row in self._untold)
+        is_in_batch = np.zeros(len(self._rows.requests), dtype=np.bool_)
+        is_in_batch[rows] = True
+        return tuple(self._untold.pop(row) for row in [*self._untold] if is_in_batch[row])
 
     def release(self, rows: list[int]) -> list[tuple[bytes, ...]]:
         """Take rows and pages of requests at once (see the top of `scheduler.py` why that is safe).
