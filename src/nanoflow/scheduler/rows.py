@@ -208,7 +208,8 @@ class RowTable:
         """Whether these rows in use (int64 [N]) have background requests, bool [N]."""
         if self.num_interactive == len(self.order):
             return np.zeros(len(rows), dtype=np.bool_)
-        return self.rank[rows] == rank_of(BATCH)
+        found: Bool = self.rank[rows] == rank_of(BATCH)
+        return found
 
     def progress(self, count: int | None = None) -> Progress:
         """Lengths of the running requests, or of the first so many of them, in their order."""
