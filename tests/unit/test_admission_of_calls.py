@@ -14,10 +14,12 @@ from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.config import ServerConfig
+from nanoflow.priorities import BATCH, Priority
 from nanoflow.server.admission import Admission, Ledger
 from nanoflow.server.app import create_app
 from nanoflow.server.counters import Counters, shared_rows
 from nanoflow.server.errors import ApiError
+from nanoflow.server.inside import InsideCalls
 from tests.fake_async_engine import FakeAsyncEngine
 
 
@@ -133,3 +135,14 @@ def test_a_call_may_not_take_for_ever(chat: bool) -> None:
     assert '"code":"timeout"' in stream.text
     assert stream.text.endswith("data: [DONE]\n\n")
     assert (engine.num_running, engine.num_closed) == (0, 2)
+
+
+def test_calls_of_batches_may_take_as_long_as_they_do() -> None:
+    app = create_app(FakeAsyncEngine(step_s=0.05), ServerConfig(request_timeout_s=0.1))
+    body = b'{"prompt": "a", "max_tokens": 5, "ignore_eos": true}'
+
+    async def run(priority: Priority) -> int:
+        return (await InsideCalls(app, priority=priority).post("/v1/completions", body)).status_code
+
+    assert asyncio.run(run(BATCH)) == 200
+    assert asyncio.run(run(0)) == 504

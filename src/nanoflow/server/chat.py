@@ -40,7 +40,7 @@ def chat_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         params = service.sampling(body)
         reading = reading_of(service, body, params)
-        deadline_s = service.deadline_s()
+        deadline_s = service.deadline_s(request)
         service.admission.check(params.n)
         encode = service.encode_chat(body.messages, body, add_special_tokens=body.add_special_tokens)
         prompt = service.truncated(await while_connected(request.receive, encode, deadline_s), body)

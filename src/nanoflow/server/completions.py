@@ -32,7 +32,7 @@ def completions_router(service: Service) -> APIRouter:
         """Continue a text; with `stream`, as server-sent events."""
         service.check_model(body.model)
         params = service.sampling(body)
-        prompts, deadline_s = body.prompts, service.deadline_s()
+        prompts, deadline_s = body.prompts, service.deadline_s(request)
         service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
             prompts = await while_connected(request.receive, service.prompt_token_ids(body), deadline_s)
