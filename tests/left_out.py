@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nanoflow.config import EngineConfig
@@ -40,7 +41,7 @@ def tokens_alone_and_beside(device: str) -> tuple[list[list[int]], list[list[int
     return alone, beside[:4], num_without
 
 
-def _run(engine: Engine, asked: list[tuple[list[int], Priority]]) -> tuple[list[list[int]], int]:
+def _run(engine: Engine, asked: Sequence[tuple[list[int], Priority]]) -> tuple[list[list[int]], int]:
     """Tokens of each request, and iterations without tokens of background requests while there are some."""
     tokens: list[list[int]] = [[] for _ in asked]
     params = greedy(_NUM_TOKENS)
