@@ -315,6 +315,17 @@ def test_decodes_of_background_requests_are_left_out_and_go_on_later() -> None:
     assert_all_got_their_tokens(drive, requests)
 
 
+def test_who_joins_without_a_token_is_told_to_the_device_with_the_first() -> None:
+    """A prompt of one token is like a decode: beside it there is no time for the background request that joins too."""
+    pace = Pace(max_itl_s=1e-9, iteration_time=TIME, min_prompt_tokens=1)
+    drive = Drive(limits_of(), depth=1, pace=pace, clock=lambda: 0.0)
+    requests = [request_of(0, BATCH), request_of(1, 0, num_prompt=1, max_tokens=3)]
+    for request in requests:
+        drive.add(request)
+    assert ids_in(drive) == [1] and drive.scheduler.num_running == 2
+    assert_all_got_their_tokens(drive, requests)
+
+
 @st.composite
 def mixed_requests(draw: st.DrawFn) -> list[tuple[float, Request]]:
     """When each comes, in seconds, and the request."""
