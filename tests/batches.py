@@ -57,7 +57,7 @@ async def server(
     worker = None
     if folder is not None:
         store = app.state.batch_store
-        running = BatchWorker(app=app, engine=engine, store=store, gate=gate, num_at_once=4, max_lines=50)
+        running = BatchWorker(app=app, store=store, gate=gate, num_at_once=4, max_lines=50)
         worker = asyncio.create_task(running.run())
     transport = httpx.ASGITransport(app=app)
 

@@ -10,10 +10,11 @@ from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.engine.conversation import joined_text
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.engine.messages import EngineStats, PrefetchCounts
+from nanoflow.engine.messages import ClassCounts, EngineStats, PrefetchCounts
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.outputs import CompletionOutput, FinishReason, Logprob, PositionLogprobs, RequestOutput
+from nanoflow.priorities import Priority
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW
 from nanoflow.server.backend import ChatMessage, EnginePrompt
@@ -77,6 +78,8 @@ class FakeAsyncEngine:
         self.seen_params: list[SamplingParams] = []
         self.seen_salts: list[str | None] = []
         self.seen_sessions: list[str | None] = []
+        self.seen_priorities: list[Priority] = []
+        self.classes: dict[str, ClassCounts] = {}
         self.prefetched: list[EnginePrompt] = []
         self.num_running = 0
         self.num_closed = 0
@@ -104,6 +107,7 @@ class FakeAsyncEngine:
             pages_in_use=self.num_running,
             num_pages=64,
             num_preemptions=self.num_preemptions,
+            classes=self.classes,
         )
 
     async def generate(
@@ -220,6 +224,7 @@ class FakeAsyncEngine:
         if isinstance(prompt, Mapping):
             self.seen_salts.append(prompt.get("cache_salt"))
             self.seen_sessions.append(prompt.get("session_id"))
+            self.seen_priorities.append(prompt.get("priority", 0))
             prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list[int](prompt)  # type: ignore[arg-type]
         if not token_ids:

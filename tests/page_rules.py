@@ -145,6 +145,13 @@ RULES: dict[str, Rule] = {
     "nanoflow serve ./my-model": Serve(),
     "nanoflow serve ./my-model --goal latency": Serve(),
     "nanoflow serve ./my-model --goal throughput --max-num-seqs 512": Serve(),
+    # docs/priorities.md
+    f"nanoflow simulate {STORED_PROFILE} --workload 512/256 --num-requests 1200 --request-rate 25 --max-itl-ms 75 "
+    "--max-ttft-ms 300 --batch-requests 5000": Run(
+        instead=f"nanoflow simulate {STORED_PROFILE} --workload 64/8 --num-requests 10 --request-rate 20 "
+        "--max-itl-ms 75 --max-ttft-ms 300 --batch-requests 400 --batch-workload 64/8 --max-num-seqs 32",
+        says=(r"share of the rest +\d+%",),
+    ),
     # docs/rounds.md
     "nanoflow bench rounds --workload 64/32 --num-conversations 8": Run(
         instead=f"nanoflow bench rounds --workload 24/4 --num-conversations 2 --rounds 2 --num-warmup 0 {_CPU}",
@@ -193,6 +200,7 @@ SHOWN: dict[str, str] = {
     "nanoflow: weights are stored as AWQ int4 and served as bfloat16: 14.96 GiB": "tests/unit/test_quantised.py",
     "from nanoflow import LLM, SamplingParams": "run",
     "from nanoflow import LLM": "run",
+    "# Two requests that somebody waits for, the second more urgently, and one for which nobody does.": "run",
     "from nanoflow import LLM, SamplingParams, StructuredOutputsParams": "run",
     "from openai import OpenAI": "run against the server",
     '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "def ", "max_tokens": 16}}': (

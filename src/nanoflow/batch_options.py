@@ -17,8 +17,8 @@ class BatchServerOptions(ServerBounds):
     )
     batch_requests_at_once: int | None = option(
         None,
-        "Most requests of batches under way, beside those of other calls; half of those that run at once "
-        "(max_num_seqs) if not given",
+        "Most requests of batches under way, beside those of other calls; as many as run at once (max_num_seqs) if "
+        "not given",
         read=read_count,
     )
     batch_dir_gib: float = option(16.0, "GiB of files in batch_dir beyond which nothing is taken any more (507)")

@@ -109,6 +109,11 @@ class EngineConfig:
         "Longest gap between the tokens of a running request that a chunk of a prompt may cause, in milliseconds, by a "
         "prediction of the iteration's time; chosen by the goal if not given",
     )
+    max_ttft_ms: float | None = option(
+        None,
+        "Longest time from arrival to first token that requests of priority batch may cause for others, in "
+        "milliseconds, by a prediction of the iterations' times; no bound if not given",
+    )
     max_batch_tokens: int | None = option(
         None,
         "Token budget: upper bound of the dense batch of one iteration; chosen for goal, model, memory and device if "
@@ -176,7 +181,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         sizes = ("max_batch_tokens", "max_num_seqs", "page_size", "num_pages", "kv_cache_gib")
         templates = ("chat_template_timeout_s", "chat_template_max_chars")
-        for name in (*sizes, "max_model_len", "max_itl_ms", "num_threads", *templates):
+        for name in (*sizes, "max_model_len", "max_itl_ms", "max_ttft_ms", "num_threads", *templates):
             if getattr(self, name) is not None:
                 require_positive(name, getattr(self, name))
         for name in ("async_scheduling", "cuda_graphs", "enable_prefix_caching", "skip_tokenizer_init"):

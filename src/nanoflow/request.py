@@ -31,6 +31,7 @@ from nanoflow.parameters import (
     Whole,
     did_you_mean,
 )
+from nanoflow.priorities import Priority, is_background, rank_of
 from nanoflow.structured import Structured, StructuredKind
 from nanoflow.thinking import ThinkingLimit
 
@@ -292,6 +293,7 @@ class Request:
             if it neither takes pages of others nor leaves any to them. One that `computes_whole_prompt` takes none.
         session: Name of the conversation that it is a turn of, unique among all users; None if it has none.
         thinking: The bound on its reasoning, with the marks of the model's format; None for none.
+        priority: Who goes first; see `priorities.py`.
     """
 
     request_id: int
@@ -305,6 +307,17 @@ class Request:
     page_keys: bytes = b""
     session: str | None = None
     thinking: ThinkingLimit | None = None
+    priority: Priority = 0
+
+    @property
+    def rank(self) -> int:
+        """Requests of lower rank go first."""
+        return rank_of(self.priority)
+
+    @property
+    def is_background(self) -> bool:
+        """Whether it gets what interactive requests leave."""
+        return is_background(self.priority)
 
     @property
     def computes_whole_prompt(self) -> bool:

@@ -147,35 +147,20 @@ def test_a_cancelled_batch_has_its_answers_so_far(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_requests_of_batches_wait_while_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_batches_get_what_others_leave_unless_they_say_otherwise(tmp_path: Path) -> None:
     engine = FakeAsyncEngine()
-    busy = [True]
-    stats = type(engine).stats.fget  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        FakeAsyncEngine,
-        "stats",
-        property(lambda self: stats(self) if not busy[0] else _with_waiting(stats(self))),
-    )
 
     async def go() -> None:
         async with server(engine, tmp_path) as client_of:
             client = client_of("none")
-            file = await _upload(client, [completion("a")])
+            file = await _upload(client, [completion("a"), completion("b", priority=3), completion("c", priority=None)])
             batch = await client.batches.create(
                 input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
             )
-            await asyncio.sleep(0.6)
-            assert not engine.seen_params and (await client.batches.retrieve(batch.id)).status == "in_progress"
-            busy[0] = False
-            assert (await ended(client, batch.id)).status == "completed"
+            assert (await ended(client, batch.id)).request_counts.completed == 3
+            assert Counter(map(str, engine.seen_priorities)) == {"batch": 2, "3": 1}
 
     asyncio.run(go())
-
-
-def _with_waiting(stats: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(stats, num_waiting=1)
 
 
 def test_nobody_sees_the_files_of_another_key(tmp_path: Path) -> None:

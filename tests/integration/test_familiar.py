@@ -70,7 +70,8 @@ def test_forms_of_prompts(llm: LLM) -> None:
     ("prompt", "others", "message"),
     [
         ("a", {"lora_request": object()}, "lora_request=.*merge the adapter"),
-        ("a", {"priority": [1]}, r"priority=\[1\] is not possible"),
+        ("a", {"priority": [1, 2]}, "2 priorities for 1 prompts"),
+        ("a", {"priority": "low"}, "priority must be an integer or 'batch'"),
         ("a", {"guided_options_request": {}}, "give `structured_outputs` of SamplingParams"),
         ("a", {"tokenization_kwargs": {"truncate_prompt_tokens": 3}}, "is a parameter of SamplingParams"),
         ({"prompt": "a", "multi_modal_data": {"image": 1}}, {}, "models take text alone"),
@@ -130,11 +131,20 @@ def test_an_output_has_the_fields_that_are_read(llm: LLM) -> None:
 
 def test_metrics_count_what_was_done(model: str) -> None:
     with LLM(model, **ENGINE_OPTIONS) as llm:
-        llm.generate([IDS, IDS], GREEDY, use_tqdm=False)
-        metrics = {metric.name.partition(":")[2]: metric for metric in llm.get_metrics()}
+        llm.generate([IDS, IDS], GREEDY, use_tqdm=False, priority=[0, "batch"])
+        found = llm.get_metrics()
+        metrics = {metric.name.partition(":")[2]: metric for metric in found}
         assert llm.reset_prefix_cache() is True
     values = {name: metric.value for name, metric in metrics.items()}
-    assert {name: value for name, value in values.items() if not name.startswith("spec_decode_")} == {
+    apart = {
+        (name, metric.labels["priority"]): metric.value
+        for metric in found
+        if (name := metric.name.partition(":")[2]) == "tokens_by_priority"
+    }
+    assert apart == {("tokens_by_priority", "interactive"): 10, ("tokens_by_priority", "batch"): 10}
+    assert {
+        name: value for name, value in values.items() if not name.startswith("spec_decode_") and "_by_" not in name
+    } == {
         "num_requests_running": 0,
         "num_requests_waiting": 0,
         "kv_cache_usage_perc": 0.0,
@@ -146,7 +156,7 @@ def test_metrics_count_what_was_done(model: str) -> None:
         "request_success": 2,
     }
     assert isinstance(metrics["prompt_tokens"], Counter) and isinstance(metrics["num_requests_running"], Gauge)
-    assert all(metric.labels == {"model_name": model} for metric in metrics.values())
+    assert all(metric.labels["model_name"] == model for metric in found)
 
 
 def test_the_tokenizer_is_that_of_transformers(llm: LLM) -> None:

@@ -236,6 +236,14 @@ def test_a_prompt_is_found_the_second_time(capsys: pytest.CaptureFixture[str]) -
     assert first == 0 and second > 0
 
 
+def test_requests_of_both_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    block = block_that_begins(
+        "# Two requests that somebody waits for, the second more urgently, and one for which nobody does."
+    )
+    exec(compile(block.text.replace('LLM("default"', 'LLM("default", device="cpu"'), at(block), "exec"), {})
+    assert len(re.findall(r" (stop|length)$", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
 def test_the_two_ways_to_ask_for_drafts() -> None:
     block = block_that_begins("from nanoflow import LLM")
     names: dict[str, Any] = {}

@@ -16,9 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.bench.measurement_window import ProgressRecorder
 from nanoflow.config import EngineConfig
+from nanoflow.engine.book_facts import BookFacts
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM
-from nanoflow.engine.messages import BookFacts, EngineStats
+from nanoflow.engine.messages import EngineStats
 from nanoflow.models.registry import build_graph
 from nanoflow.plan.book import BookLimits, MadeFor, PlanEntry, StoredBook
 from nanoflow.plan.sequential import nanobatch_plan

@@ -237,3 +237,39 @@ def test_the_tokenizer_is_described_if_the_server_allows_it(http: httpx.Client, 
     assert http.get("/tokenizer_info").status_code == 404
     assert generous.get("/tokenizer_info").json()["tokenizer_class"] == "ByteTokenizer"
     assert "/tokenizer_info" in generous.get("/openapi.json").json()["paths"]
+
+
+# Who goes first
+
+
+@pytest.mark.parametrize("path", PROMPTS)
+def test_priority_and_service_tier_reach_the_engine(path: str) -> None:
+    engine = FakeAsyncEngine()
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=10) as client:
+
+        def post(**fields: Any) -> httpx.Response:
+            return client.post(path, json={**PROMPTS[path], "max_tokens": 1, **fields})
+
+        for fields in (
+            {"priority": -3},
+            {"priority": 2.0},
+            {"priority": "batch"},
+            {"service_tier": "flex"},
+            {"service_tier": "flex", "priority": "batch"},
+            {"service_tier": "priority", "priority": 7},
+        ):
+            assert post(**fields).status_code == 200
+        # Without a priority, or with that of everybody, the prompt has none.
+        assert post(service_tier="default", priority=0).status_code == 200
+        assert engine.seen_priorities == [-3, 2, "batch", "batch", "batch", 7]
+        refused: tuple[tuple[dict[str, Any], str], ...] = (
+            ({"priority": "low"}, "priority"),
+            ({"priority": 1.5}, "priority"),
+            ({"priority": True}, "priority"),
+            ({"priority": 2**40}, "priority"),
+            ({"service_tier": "gold"}, "service_tier"),
+            ({"service_tier": "flex", "priority": 0}, "priority"),
+        )
+        for fields, param in refused:
+            answer = post(**fields)
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text

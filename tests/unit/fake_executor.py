@@ -8,6 +8,7 @@ in free pages is lost, so a page that is taken back too early fails it too.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from nanoflow.request import Request
 from nanoflow.scheduler import Scheduler, SchedulerLimits
 from nanoflow.scheduler.drafts import Drafts
 from nanoflow.scheduler.key_events import Put
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.tiers import Tiers
 
 
@@ -213,8 +215,12 @@ class Drive:
         executor: FakeExecutor | None = None,
         put_key_event: Put | None = None,
         make_tiers: Callable[[PagePools], Tiers] | None = None,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.scheduler = Scheduler(limits=limits, drafts=drafts, put_key_event=put_key_event, make_tiers=make_tiers)
+        self.scheduler = Scheduler(
+            limits=limits, drafts=drafts, put_key_event=put_key_event, make_tiers=make_tiers, pace=pace, clock=clock
+        )
         self.executor = executor or FakeExecutor(limits)
         self.depth = depth
         self.in_flight: deque[tuple[DenseBatch, SampledTokens]] = deque()

@@ -37,6 +37,7 @@ def progress(lengths: Lengths, *, num_generated: int = 0, is_exact: bool = True)
         num_generated=np.full(len(lengths), num_generated),
         max_remaining=columns[:, 1],
         is_exact=np.full(len(lengths), is_exact),
+        is_background=np.zeros(len(lengths), np.bool_),
     )
 
 

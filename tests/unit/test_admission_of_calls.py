@@ -14,10 +14,12 @@ from benchmarks.common.stub_facts import stub_facts
 
 from nanoflow.bounds import ServerBounds
 from nanoflow.config import ServerConfig
+from nanoflow.priorities import BATCH, Priority
 from nanoflow.server.admission import Admission, Ledger
 from nanoflow.server.app import create_app
 from nanoflow.server.counters import Counters, shared_rows
 from nanoflow.server.errors import ApiError
+from nanoflow.server.inside import InsideCalls
 from tests.fake_async_engine import FakeAsyncEngine
 
 
@@ -41,6 +43,15 @@ def test_rooms_are_counted_until_they_end() -> None:
             assert ledger.total() == (10, 100)
     assert ledger.total() == (0, 0)
     door.check(10, 100)
+
+
+def test_calls_of_priority_batch_leave_half_of_the_room_to_others() -> None:
+    door = admission(Ledger(), max_queued_requests=6, max_queued_tokens=100)
+    with door.room(4, 40, is_background=True), door.room(1, is_background=True):
+        for more in ((1, 0), (0, 11)):
+            with pytest.raises(ApiError, match="no room"):
+                door.check(*more, is_background=True)
+        door.check(5, 60)
 
 
 def test_all_processes_count_and_dead_ones_do_not() -> None:
@@ -124,3 +135,14 @@ def test_a_call_may_not_take_for_ever(chat: bool) -> None:
     assert '"code":"timeout"' in stream.text
     assert stream.text.endswith("data: [DONE]\n\n")
     assert (engine.num_running, engine.num_closed) == (0, 2)
+
+
+def test_calls_of_batches_may_take_as_long_as_they_do() -> None:
+    app = create_app(FakeAsyncEngine(step_s=0.05), ServerConfig(request_timeout_s=0.1))
+    body = b'{"prompt": "a", "max_tokens": 5, "ignore_eos": true}'
+
+    async def run(priority: Priority) -> int:
+        return (await InsideCalls(app, priority=priority).post("/v1/completions", body)).status_code
+
+    assert asyncio.run(run(BATCH)) == 200
+    assert asyncio.run(run(0)) == 504

@@ -146,13 +146,17 @@ def test_requests_that_end_before_their_first_token_teach_nothing() -> None:
         )
         assert scheduler.schedule() is not None
         assert scheduler.abort(request_id)
-    assert not scheduler._lengths._seen.any()
+    assert not scheduler._lengths.interactive._seen.any()
 
 
 def expected_of_a_newcomer(scheduler: Scheduler) -> int:
     one, none = np.array([4]), np.array([0])
     progress = Progress(
-        num_tokens=one, num_generated=none, max_remaining=np.array([9999]), is_exact=np.zeros(1, np.bool_)
+        num_tokens=one,
+        num_generated=none,
+        max_remaining=np.array([9999]),
+        is_exact=np.zeros(1, np.bool_),
+        is_background=np.zeros(1, np.bool_),
     )
     return int(scheduler._lengths.counted_remaining(progress)[0])
 

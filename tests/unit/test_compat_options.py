@@ -122,7 +122,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("tokenizer_mode", "slow", "tokenizer.json"),
     ("swap_space", 8, "preempted requests are computed again"),
     ("task", "embed", "models generate text"),
-    ("scheduling_policy", "priority", "in the order in which they come"),
+    ("scheduling_policy", "shortest", "requests run by their `priority`"),
     ("compilation_config", 3, "torch compiles no kernels"),
     ("served_model_name", "x", "`nanoflow serve`"),
     ("logits_processors", ["a:b"], "no Python of"),

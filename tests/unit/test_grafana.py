@@ -10,7 +10,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanoflow.engine.messages import BookFacts, EngineStats, PlanName
+from nanoflow.engine.book_facts import BookFacts, PlanName
+from nanoflow.engine.messages import EngineStats
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.server.metrics import ServerMetrics
 from tests.fake_async_engine import FakeAsyncEngine

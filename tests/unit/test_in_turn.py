@@ -18,7 +18,7 @@ from nanoflow.bench.options import ThroughputConfig
 from nanoflow.bench.provenance import command, portable, require_clean, settings_of
 from nanoflow.bench.record import BenchRecord, make_record
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import BookFacts, PlanName
+from nanoflow.engine.book_facts import BookFacts, PlanName
 from nanoflow.models.config_json import load
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import build_graph

@@ -9,8 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nanoflow.config import EngineConfig
+from nanoflow.engine.book_facts import BookFacts, PlanName
 from nanoflow.engine.limits import choose_limits
-from nanoflow.engine.messages import BookFacts, EngineStats, PlanName
+from nanoflow.engine.messages import ClassCounts, EngineStats
 from nanoflow.engine.observer import FinishedRequest, Observer
 from nanoflow.hardware import LocalDevice
 from nanoflow.models.presets import preset_config
@@ -21,6 +22,10 @@ from nanoflow.server.metrics import ServerMetrics, token_count_buckets
 from tests.fake_async_engine import FakeAsyncEngine
 
 EXPECTED_NAMES = {
+    "num_requests_running_by_priority",
+    "num_requests_waiting_by_priority",
+    "tokens_by_priority_total",
+    "num_preemptions_by_priority_total",
     "num_requests_running",
     "num_requests_waiting",
     "kv_cache_usage_perc",
@@ -244,3 +249,23 @@ def test_many_observations_at_once_are_those_one_by_one() -> None:
 def test_counters_are_limited() -> None:
     with pytest.raises(ValueError, match="no more than"):
         Counters().take(MAX_COUNTERS + 1)
+
+
+def test_classes_of_requests_are_counted_apart() -> None:
+    engine = FakeAsyncEngine()
+    classes = {
+        "interactive": ClassCounts(num_running=2, num_waiting=1, num_tokens=70, num_preemptions=0),
+        "batch": ClassCounts(num_running=5, num_waiting=9, num_tokens=30, num_preemptions=4),
+    }
+    shown = {name: [getattr(counts, name) for counts in classes.values()] for name in ClassCounts.__slots__}
+    found: dict[str, dict[str, float]] = {}
+    cases: tuple[dict[str, ClassCounts], ...] = ({}, classes)
+    for counts in cases:
+        engine.classes = counts
+        families = text_string_to_metric_families(metrics_of(engine).render().decode())
+        for sample in (sample for family in families for sample in family.samples if "_by_priority" in sample.name):
+            found.setdefault(sample.name.removeprefix("nanoflow:"), {})[sample.labels["priority"]] = sample.value
+        names = ("num_requests_running", "num_requests_waiting", "tokens", "num_preemptions")
+        wanted = [*shown.values()] if counts else [[0, 0]] * 4
+        ends = ("_by_priority", "_by_priority", "_by_priority_total", "_by_priority_total")
+        assert [[*found[name + end].values()] for name, end in zip(names, ends, strict=True)] == wanted

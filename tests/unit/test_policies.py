@@ -40,7 +40,11 @@ def progress(*requests: tuple[int, int, int], is_exact: bool = False) -> Progres
     """Requests with so many tokens, so many of them generated, and so many to come at most."""
     tokens, generated, most = np.array(requests).T
     return Progress(
-        num_tokens=tokens, num_generated=generated, max_remaining=most, is_exact=np.full(len(requests), is_exact)
+        num_tokens=tokens,
+        num_generated=generated,
+        max_remaining=most,
+        is_exact=np.full(len(requests), is_exact),
+        is_background=np.zeros(len(requests), np.bool_),
     )
 
 

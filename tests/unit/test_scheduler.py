@@ -271,7 +271,7 @@ def make_misjudging_drive(*, depth: int, num_pages: int = 7) -> Drive:
     """A scheduler that believes outputs are short, so that it admits too many and must preempt."""
     limits = make_limits(budget=64, max_model_len=28, num_pages=num_pages, page_size=4)
     drive = Drive(limits, depth=depth)
-    drive.scheduler._lengths.observe_tokens(np.ones(500, dtype=np.int64), np.ones(500, dtype=np.bool_))
+    drive.scheduler._lengths.interactive.observe_tokens(np.ones(500, dtype=np.int64), np.ones(500, dtype=np.bool_))
     return drive
 
 
@@ -289,7 +289,7 @@ def test_the_newest_is_preempted_returns_to_the_front_and_loses_nothing(depth: i
         drive.scheduler.check_integrity()
         preempted = drive.scheduler.drain_events().preempted
     assert preempted == [2] and drive.scheduler.num_preemptions == 1
-    assert list(drive.scheduler._waiting._by_id) == [2, 3]
+    assert [each.request.request_id for each in drive.scheduler._waiting] == [2, 3]
     drive.run_until_idle()
     for request in requests:
         assert drive.answers[request.request_id] == answer_alone(request, drive.executor.limits)

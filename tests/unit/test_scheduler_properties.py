@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nanoflow.batch import DenseBatch
 from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.kvcache.sizes import PoolSize, most_pages
+from nanoflow.priorities import BATCH
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler import SchedulerLimits
 from tests.all_cases import num_examples
@@ -88,6 +89,7 @@ def draw_request(draw: st.DrawFn, request_id: int, limits: SchedulerLimits) -> R
         seed=draw(st.integers(0, 5)),
         max_tokens=max_tokens,
         eos_token_ids=draw(st.sampled_from([(), (7,), (7, 8)])),
+        priority=draw(st.sampled_from([0, 0, 0, -1, 2, BATCH, BATCH, BATCH])),
     )
 
 

@@ -132,3 +132,30 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     assert main(["simulate", stored, *options]) == 1
     assert expected in capsys.readouterr().err
+
+
+BESIDE = ("--workload", "128/16", "--num-requests", "40", "--request-rate", "40", "--batch-workload", "128/24")
+
+
+def test_requests_of_priority_batch_beside_others(said: Callable[..., tuple[str, Any]]) -> None:
+    text, found = said(*BESIDE, "--batch-requests", "600", "--max-itl-ms", "30", "--max-ttft-ms", "120")
+    beside = found["beside"]
+    assert "128/16, 40 requests at 40 requests/s, beside requests of 128/24" in text
+    assert f"share of the rest   {beside['share_of_rest']:>10.0%}" in text
+    assert beside["alone"]["num_requests"] == beside["together"]["num_requests"] == 40
+    # The bounds that are stated in docs/limits.md, by more than what they are stated with.
+    assert beside["together"]["ttft_s"]["p99"] < 1.1 * 0.12 and beside["together"]["itl_s"]["p99"] < 1.1 * 0.03
+    assert beside["together"]["itl_s"]["p99"] > beside["alone"]["itl_s"]["p99"]
+    assert 0.8 < beside["share_of_rest"] < 1.5 and 0 < beside["load"] < 1
+
+
+def test_requests_of_priority_batch_must_be_enough_and_need_others(
+    stored: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in (
+        ((*BESIDE, "--batch-requests", "8"), "8 batch_requests end before the interactive ones"),
+        (("--batch-requests", "8"), "batch_requests needs a request_rate"),
+        (("--rounds", "2", "--batch-requests", "8"), "batch_requests"),
+    ):
+        assert main(["simulate", stored, *options]) != 0
+        assert message in capsys.readouterr().err

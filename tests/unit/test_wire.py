@@ -43,7 +43,9 @@ from nanoflow.request import Request, SamplingParams
 from tests.fake_engine import fake_facts
 
 PARAMS = SamplingParams(max_tokens=4, stop=["\n"], logit_bias={5: -1.0}, seed=1 << 63)
-REQUEST = Request(request_id=7, prompt_token_ids=[5, 6], params=PARAMS, seed=3, max_tokens=4, bad_word_ids=((1, 2),))
+REQUEST = Request(
+    request_id=7, prompt_token_ids=[5, 6], params=PARAMS, seed=3, max_tokens=4, bad_word_ids=((1, 2),), priority="batch"
+)
 SCORES = PlaceLogprobs(first_position=2, token_ids=[[1, 2]], logprobs=[[-0.5, -math.inf]], ranks=[1])
 STATS = EngineStats(
     num_running=3, iteration=9, plan_digest="ab", tiers={"device": TierCounts(hits=5, load_seconds=0.5)}

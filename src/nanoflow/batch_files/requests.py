@@ -89,7 +89,6 @@ class Requests:
         num_at_once: Most requests that are under way.
         urls: Routes that a line may name.
         on_answer: Is called after every answer.
-        may_start: Waits until another request may start; None starts it at once.
         counts: Of the answers so far.
     """
 
@@ -99,7 +98,6 @@ class Requests:
     num_at_once: int
     urls: tuple[str, ...] = URLS
     on_answer: Callable[[Counts], None] = field(default=lambda _counts: None)
-    may_start: Callable[[], Awaitable[None]] | None = None
     counts: Counts = field(default_factory=Counts)
 
     async def run(self, lines: Iterator[Line]) -> None:
@@ -120,8 +118,6 @@ class Requests:
     async def _work(self, lines: Iterator[Line], held: _Held) -> None:
         while True:
             await held.room()
-            if self.may_start is not None:
-                await self.may_start()
             line = next(lines, None)
             if line is None:
                 return

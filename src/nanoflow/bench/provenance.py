@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from nanoflow.bench.machine import REVISION_VARIABLE, detect_machine, detect_software, git_revision
 from nanoflow.config import ConfigError, EngineConfig
-from nanoflow.engine.messages import BookFacts, EngineFacts
+from nanoflow.engine.book_facts import BookFacts
+from nanoflow.engine.messages import EngineFacts
 
 OptionsT = TypeVar("OptionsT")
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanoflow.bench.client import read_address
 from nanoflow.bench.online import describe
 from nanoflow.bench.options import LoadConfig
-from nanoflow.engine.messages import BookFacts, PlanName
+from nanoflow.engine.book_facts import BookFacts, PlanName
 
 
 def served_model(load: LoadConfig) -> str:

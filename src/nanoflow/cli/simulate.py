@@ -31,7 +31,9 @@ latencies and joules out, on as many GPUs as --gpus says. With --find-gpus the o
 way round: how many GPUs keep the latency below --max-normalized-latency-ms? With
 --rounds conversations are held, as nanoflow bench rounds holds them with an engine.
 --kv-host-gib and --kv-disk-gib put host memory and a disk below the KV cache, whose
-copies take their time. --policies compares who is let in, who is sent back, and how."""
+copies take their time. --policies compares who is let in, who is sent back, and how.
+With --batch-requests there are requests of priority batch beside those of the workload:
+what does each class get, alone and together?"""
 
 _EXAMPLES = """\
   nanoflow simulate profile.json --batch 2048 --decodes 1024 --context 768
@@ -39,7 +41,9 @@ _EXAMPLES = """\
   nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 20000 --request-rate 100 --gpus 64
   nanoflow simulate profile.json --workload trace:lengths.csv --num-requests 5000 --request-rate 100 --find-gpus
   nanoflow simulate profile.json --workload 256/128 --rounds 5 --think-time 10 --num-conversations 400 --kv-host-gib 64
-  nanoflow simulate profile.json --workload 1024/512 --kv-host-gib 64 --max-tokens 1024 --policies"""
+  nanoflow simulate profile.json --workload 1024/512 --kv-host-gib 64 --max-tokens 1024 --policies
+  nanoflow simulate profile.json --workload 512/256 --num-requests 2000 --request-rate 25 \\
+      --max-itl-ms 75 --max-ttft-ms 300 --batch-requests 9000"""
 
 
 _OPTIONS = OptionGroup(kind=SimulateConfig, title="what to simulate")
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     gpus = config.gpus or profile.setup.num_gpus
     if gpus % profile.setup.num_gpus:
         raise ConfigError(f"gpus must be a multiple of the {profile.setup.num_gpus} of the profile, got {gpus}")
-    show = _compare if config.policies else _show
+    show = _compare if config.policies else _show if config.batch_requests is None else _beside
     found = show(simulation, gpus // profile.setup.num_gpus)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -102,7 +106,7 @@ def _read_talk(args: argparse.Namespace) -> ConversationConfig | None:
         if given:
             raise ConfigError(f"{', '.join(sorted(given))}: only with --rounds, for conversations")
         return None
-    others = sorted(single.keys() & {"num_requests", "request_rate", "find_gpus"})
+    others = sorted(single.keys() & {"num_requests", "request_rate", "find_gpus", "batch_requests"})
     if others:
         raise ConfigError(
             f"{', '.join(others)}: not with --rounds; there are --num-conversations, --conversation-rate and "
@@ -122,6 +126,17 @@ def _show(simulation: Simulation, num_replicas: int) -> dict[str, object]:
     if talk is not None:
         print(f"\n{format_rounds([talk.metrics])}")
     return document(simulation.profile, simulation.options, result, talk)
+
+
+def _beside(simulation: Simulation, num_replicas: int) -> dict[str, object]:
+    """Simulate both classes of requests alone and together and print what each gets; the document."""
+    from nanoflow.cli.simulate_words import describe_run, document
+    from nanoflow.two_classes import table
+
+    found, run = simulation.run_two_classes(num_replicas)
+    print("\n".join((*describe_run(simulation.profile, simulation.what, run), "", *table(found))))
+    beside = {**dataclasses.asdict(found), "share_of_rest": found.share_of_rest}
+    return {**document(simulation.profile, simulation.options, run), "beside": beside}
 
 
 def _compare(simulation: Simulation, num_replicas: int) -> dict[str, object]:

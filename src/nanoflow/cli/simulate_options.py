@@ -38,6 +38,16 @@ class SimulateConfig:
         "Most tokens that each request allows, while it ends after those of the workload, which the scheduler does not "
         "know; it does know them if this is not given",
     )
+    batch_requests: int | None = option(
+        None,
+        "So many requests of priority batch beside those of the workload: compare both classes alone and together; "
+        "enough of them for as long as the others come",
+    )
+    batch_workload: str = option("512/256", "Lengths of these, as of the workload")
+    max_itl_ms: float | None = option(None, "Longest gap between tokens that the scheduler allows, as of an engine")
+    max_ttft_ms: float | None = option(
+        None, "Longest time to the first token that requests of priority batch may cause, as of an engine"
+    )
     policies: bool = option(False, "Run with every choice of admission, preemption and queue, and compare them")
     batch: int | None = option(None, "Predict one iteration of a batch of this number of tokens instead")
     decodes: int | None = option(None, "Decodes in that batch; half of it if not given")
@@ -45,7 +55,8 @@ class SimulateConfig:
 
     def __post_init__(self) -> None:
         positive = ("num_requests", "request_rate", "max_batch_tokens", "max_num_seqs", "max_gpus", "context")
-        for name in (*positive, "disk_gb_s", "max_tokens", "max_normalized_latency_ms"):
+        bounds = ("batch_requests", "max_itl_ms", "max_ttft_ms", "max_tokens", "max_normalized_latency_ms")
+        for name in (*positive, "disk_gb_s", *bounds):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.kv_host_gib < math.inf or not 0 <= self.kv_disk_gib < math.inf:
@@ -62,5 +73,7 @@ class SimulateConfig:
             raise ConfigError(f"batch must be positive, got {self.batch}")
         if self.decodes is not None and not (self.batch is not None and 0 <= self.decodes <= self.batch):
             raise ConfigError("decodes needs --batch and may not exceed it")
+        if self.batch_requests is not None and (self.policies or self.find_gpus or math.isinf(self.request_rate)):
+            raise ConfigError("batch_requests needs a request_rate for the others, and no policies or find_gpus")
         if self.find_gpus and math.isinf(self.request_rate):
             raise ConfigError("find_gpus needs a request_rate: with all requests at once latency has no meaning")

@@ -24,11 +24,14 @@ from nanoflow.plan.sequential import sequential_plan
 from nanoflow.profile.host_link import copies_of
 from nanoflow.profile.table import Profile
 from nanoflow.scheduler.limits import SchedulerLimits
+from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.policies import Policies
 from nanoflow.simulate.iteration import IterationModel, graphs_of
 from nanoflow.simulate.link import BelowDevice
 from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
 from nanoflow.simulate.talking import SimulatedTalk, simulate_conversations
+from nanoflow.simulate.two_classes import Work, predicted_pace, simulate_two_classes
+from nanoflow.two_classes import TwoClasses
 from nanoflow.workload import Lengths, draw_arrivals, draw_lengths
 
 
@@ -42,6 +45,7 @@ class Simulation:
     limits: SchedulerLimits
     lengths: Sequence[Lengths]
     arrivals_s: Sequence[float]
+    background: Sequence[Lengths]
     talk: ConversationConfig | None
     conversations: Sequence[Conversation]
     num_left_out: int
@@ -54,11 +58,13 @@ class Simulation:
         from nanoflow.workload import Lengths
 
         conversations: list[Conversation] = []
-        lengths, arrivals_s, num_left_out = list[Lengths](), list[float](), 0
+        lengths, background = list[Lengths](), list[Lengths]()
+        arrivals_s, num_left_out = list[float](), 0
         if talk is None:
             lengths = draw_lengths(config.workload, config.num_requests, config.seed)
             arrivals_s = draw_arrivals(config.num_requests, config.request_rate, config.seed)
-            sizes = lengths
+            background = draw_lengths(config.batch_workload, config.batch_requests or 0, config.seed + 1)
+            sizes = [*lengths, *background]
         else:
             drawn = draw_conversations(config, talk, vocab_size=model.graph.vocab_size)
             conversations = fitted(drawn, parse(profile.config, origin=profile.model).max_position_embeddings)
@@ -86,6 +92,7 @@ class Simulation:
             limits=limits,
             lengths=lengths,
             arrivals_s=arrivals_s,
+            background=background,
             talk=talk,
             conversations=conversations,
             num_left_out=num_left_out,
@@ -112,6 +119,13 @@ class Simulation:
         with self._cluster(num_replicas, policies, len(self.lengths)) as cluster:
             return simulate(cluster, self.lengths, self.arrivals_s)
 
+    def run_two_classes(self, num_replicas: int) -> tuple[TwoClasses, SimulatedRun]:
+        """Simulate the requests and background ones, each alone and together; the run is that of both."""
+        work = Work(lengths=self.lengths, arrivals_s=self.arrivals_s, background=self.background)
+        with self._cluster(num_replicas, None, len(self.lengths) + len(self.background)) as cluster:
+            found, simulated = simulate_two_classes(cluster, work)
+        return found, simulated.run
+
     @contextmanager
     def _cluster(self, num_replicas: int, policies: Policies | None, num_requests: int) -> Iterator[Cluster]:
         """The GPUs, and a bar that shows how far they are."""
@@ -128,6 +142,7 @@ class Simulation:
                 gpus_per_replica=setup.num_gpus,
                 static_power_w=setup.static_power_w or 0.0,
                 policies=policies,
+                pace=self._pace(),
                 below=BelowDevice.of(
                     self.profile,
                     self.model.graph,
@@ -139,13 +154,21 @@ class Simulation:
                 on_progress=lambda finished: _advance(bar, finished),
             )
 
+    def _pace(self) -> Pace:
+        """The bounds of the options, with an estimate of iterations like that of an engine."""
+        max_itl_s, max_ttft_s = (
+            None if bound is None else bound / 1e3 for bound in (self.config.max_itl_ms, self.config.max_ttft_ms)
+        )
+        return predicted_pace(self.model, self.limits, max_itl_s=max_itl_s, max_ttft_s=max_ttft_s)
+
     @property
     def what(self) -> str:
         """Workload and arrivals in a line."""
         config, talk = self.config, self.talk
         if talk is None:
             rate = "at once" if math.isinf(config.request_rate) else f"at {config.request_rate:g} requests/s"
-            return f"{config.workload}, {config.num_requests:,} requests {rate}"
+            beside = f", beside requests of {config.batch_workload}" if self.background else ""
+            return f"{config.workload}, {config.num_requests:,} requests {rate}{beside}"
         return (
             f"{config.workload}, {talk.num_conversations:,} conversations of {talk.rounds} rounds, "
             f"{talk.think_time:g} s of thinking between them"

@@ -14,14 +14,12 @@ from nanoflow.parameters import RequestError
 
 _NO_LORA = "there are no LoRA adapters: merge the adapter into the weights"
 _NO_MULTIMODAL = "models take text alone"
-_FCFS = "requests run in the order in which they come"
 _NO_POOLING = "models generate text, and `LLM.embed` gives vectors; there are no scores or classes"
 
 _OF_REQUESTS = (
     Foreign(name="lora_request", reason=_NO_LORA),
     Foreign(name="prompt_adapter_request", reason="there are no prompt adapters"),
     Foreign(name="guided_options_request", reason="give `structured_outputs` of SamplingParams"),
-    Foreign(name="priority", takes=(0, [0]), reason=_FCFS),
     Foreign(
         name="tokenization_kwargs",
         takes=({},),
@@ -125,7 +123,5 @@ def pass_over(table: Table, method: str, others: Mapping[str, Any]) -> None:
             if table is PROMPTS:
                 raise RequestError(f"a prompt's mapping has 'prompt' or 'prompt_token_ids', got {name!r}")
             raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
-        if name == "priority" and isinstance(value, list) and not any(value):
-            continue
         if not entry.changes_nothing(getattr(value, "name", value)):
             raise RequestError(entry.refusal(value))

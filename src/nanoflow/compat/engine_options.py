@@ -26,7 +26,7 @@ _NO_MAMBA = "models with state spaces are not served"
 _NO_COMPILER = "torch compiles no kernels; cuda_graphs launches all kernels of a step at once"
 _CONFIG_JSON = "what config.json says of the model counts: change it in a copy of the folder"
 _METRICS = "the metrics are those of docs/api.md, at GET /metrics"
-_FCFS = "requests run in the order in which they come"
+_FCFS = "requests run by priority, and else in the order in which they come"
 
 
 def _gib(num_bytes: Any) -> float:
@@ -229,7 +229,11 @@ _PARALLEL = (
 )
 _SCHEDULER = (
     *switches("prompts are always computed in chunks", "enable_chunked_prefill", takes=(True,)),
-    Foreign(name="scheduling_policy", takes=("fcfs",), reason=_FCFS),
+    Foreign(
+        name="scheduling_policy",
+        takes=("fcfs", "priority"),
+        reason="requests run by their `priority`, and those of one priority in the order in which they come",
+    ),
     Foreign(name="scheduler_cls", reason=_NO_CODE),
     Foreign(name="max_num_partial_prefills", takes=(1,), reason=_FCFS),
     Foreign(name="max_long_partial_prefills", takes=(1,), reason=_FCFS),

@@ -263,14 +263,16 @@ def _warm_up(
         logger.info("compiling kernels%s", " and recording CUDA graphs" if setup.is_captured else "")
         compile_and_record(worker, setup.book, limits, with_plans=prepares_plans)
     max_itl_ms = setup.limits.max_itl_ms
-    if max_itl_ms is None and setup.config.speculative is None:
+    max_ttft_ms = setup.config.max_ttft_ms
+    if max_itl_ms is None and max_ttft_ms is None and setup.config.speculative is None:
         return None, Pace()
     if setup.is_captured:
         logger.info("measuring iterations")
     vocab_size = setup.graph.vocab_size
     timed = time_iterations(worker, setup.book.fallback, limits, vocab_size) if setup.is_captured else ()
     times = IterationTimes(timed)
-    return times, Pace(max_itl_s=None if max_itl_ms is None else max_itl_ms / 1e3, iteration_time=times.estimate)
+    max_itl_s, max_ttft_s = (None if bound is None else bound / 1e3 for bound in (max_itl_ms, max_ttft_ms))
+    return times, Pace(max_itl_s=max_itl_s, max_ttft_s=max_ttft_s, iteration_time=times.estimate)
 
 
 def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: float) -> EngineFacts:

@@ -17,13 +17,22 @@ from nanoflow.engine.copying import Copying
 from nanoflow.engine.iteration_times import IterationTimes
 from nanoflow.engine.kv_publisher import NoPublisher, Publisher
 from nanoflow.engine.logprobs import consecutive_places, sampled_logprobs
-from nanoflow.engine.messages import EngineFacts, EngineStats, Prefetch, PrefetchCounts, Prefetched, StepOutput
+from nanoflow.engine.messages import (
+    ClassCounts,
+    EngineFacts,
+    EngineStats,
+    Prefetch,
+    PrefetchCounts,
+    Prefetched,
+    StepOutput,
+)
 from nanoflow.executor.worker import Worker
 from nanoflow.grammars.compiled import Grammars
 from nanoflow.graph.operation import BatchShape
 from nanoflow.kvcache.keys import KEY_BYTES
 from nanoflow.plan.book import PlanBook
 from nanoflow.plan.plan import PipelinePlan, PlanError
+from nanoflow.priorities import PRIORITY_CLASSES
 from nanoflow.request import Request
 from nanoflow.scheduler.results import Committed
 from nanoflow.scheduler.scheduler import Scheduler
@@ -242,6 +251,7 @@ class Engine:
             pages_in_use=scheduler.fullest_pool.num_in_use,
             num_pages=scheduler.fullest_pool.num_pages,
             num_preemptions=scheduler.num_preemptions,
+            classes=_class_counts(scheduler),
             prefix_cache_queries=reuse.num_asked,
             prefix_cache_hits=reuse.num_found,
             tiers=counts_of_all(
@@ -265,3 +275,23 @@ class Engine:
             rejected_tokens=committed.num_rejected if committed else 0,
             plan_digest=plan.digest if plan else None,
         )
+
+
+def _class_counts(scheduler: Scheduler) -> dict[str, ClassCounts]:
+    """Interactive and background requests apart."""
+    num_running, num_waiting = scheduler.num_background
+    counts = scheduler.background.counts
+    num_preemptions = scheduler.num_background_preemptions
+    background = ClassCounts(
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_tokens=counts.num_tokens,
+        num_preemptions=num_preemptions,
+    )
+    interactive = ClassCounts(
+        num_running=scheduler.num_running - num_running,
+        num_waiting=scheduler.num_waiting - num_waiting,
+        num_tokens=counts.num_all_tokens - counts.num_tokens,
+        num_preemptions=scheduler.num_preemptions - num_preemptions,
+    )
+    return dict(zip(PRIORITY_CLASSES, (interactive, background), strict=True))

@@ -159,6 +159,7 @@ def choose_limits(
     )
     itl_ms, itl_origin, itl_why = _gaps(config, wanted, device, tokens.value * _token_s(graph, device))
     gaps = "gaps of any length" if itl_ms is None else f"gaps of at most {itl_ms:g} ms"
+    ttft = "" if config.max_ttft_ms is None else f", first tokens within {config.max_ttft_ms:g} ms beside batch work"
     return EngineLimits(
         goal=config.goal,
         max_batch_tokens=tokens.value,
@@ -169,7 +170,7 @@ def choose_limits(
         max_itl_ms_origin=itl_origin,
         reason=(
             f"limits for {config.goal}: max_batch_tokens {tokens.value:,} ({tokens.why}), "
-            f"max_num_seqs {seqs.value:,} ({seqs.why}), {gaps} between tokens ({itl_why})"
+            f"max_num_seqs {seqs.value:,} ({seqs.why}), {gaps} between tokens ({itl_why}){ttft}"
         ),
     )
 

@@ -25,16 +25,18 @@ from nanoflow.engine.llm_metrics import LLMMetrics, Metric
 from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.observer import Observer
 from nanoflow.engine.output import OutputProcessor
-from nanoflow.engine.prompt_forms import inputs_of, params_of_each
-from nanoflow.engine.prompts import PromptInput, read_prompt
+from nanoflow.engine.prompt_forms import inputs_of, params_of_each, priority_of_each
+from nanoflow.engine.prompts import PromptInput, read_prompt, with_names
 from nanoflow.engine.reasoning import chat_prompt
 from nanoflow.engine.tokenizer import Tokenizer, load_tokenizer
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.option_names import from_kwargs
 from nanoflow.outputs import EmbeddingRequestOutput, RequestOutput
+from nanoflow.priorities import Priority
 from nanoflow.request import Request, RequestError, SamplingParams
 
 ParamsInput = SamplingParams | Sequence[SamplingParams] | None
+Priorities = Priority | Sequence[Priority] | None
 
 
 class LLM:
@@ -131,6 +133,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        priority: Priorities = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Complete one prompt or many. Ctrl-C drops them all and leaves the model ready for the next call.
@@ -140,6 +143,7 @@ class LLM:
             sampling_params: For all prompts, or one for each; `get_default_sampling_params()` if not given.
             use_tqdm: Show a progress bar if standard error is a terminal; or a function that makes one, called as tqdm.
             prompt_token_ids: Prompts as token ids, as older versions of vLLM take them.
+            priority: Of all prompts, or of each: an integer, of which lower ones go first, or "batch"; 0 if not given.
             **others: What vLLM takes beside them, at values that change nothing.
 
         Returns:
@@ -154,10 +158,11 @@ class LLM:
         all_params = params_of_each(
             self.get_default_sampling_params() if sampling_params is None else sampling_params, len(inputs)
         )
+        priorities = priority_of_each(priority, len(inputs))
         self._check_open()
         with interrupts_deferred() as raise_if_interrupted:
             try:
-                outputs = self._add_all(inputs, all_params, raise_if_interrupted)
+                outputs = self._add_all(inputs, all_params, priorities, raise_if_interrupted)
                 self._run(len(outputs), raise_if_interrupted, use_tqdm)
                 self._metrics.end(outputs)
             except BaseException:
@@ -176,6 +181,7 @@ class LLM:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: Priorities = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or many, by the model's chat template.
@@ -183,7 +189,7 @@ class LLM:
         Args:
             messages: One conversation (a list of {"role": ..., "content": ...}) or a list of them. A content is a
                 text, or a list of parts {"type": "text", "text": ...}.
-            sampling_params, use_tqdm: As for `generate`.
+            sampling_params, use_tqdm, priority: As for `generate`.
             add_generation_prompt: Open the assistant's turn.
             continue_final_message: Continue the last message instead; not with `add_generation_prompt`.
             chat_template: Jinja text, or the name of one of the tokenizer's templates, instead of the usual one.
@@ -211,7 +217,7 @@ class LLM:
                     tools=tools,
                 )
             prompts.append(chat_prompt(tokenizer, token_ids, chat_template, has_tools=bool(tools)))
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def embed(
         self,
@@ -239,15 +245,17 @@ class LLM:
         outputs = self.generate(prompts, params, use_tqdm)
         return [as_embedding(output, dimensions=dimensions, normalize=normalize) for output in outputs]
 
-    def add(self, request_id: str, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
+    def add(
+        self, request_id: str, prompt: PromptInput, params: SamplingParams, priority: Priority | None = None
+    ) -> RequestOutput:
         """Add a request, which `step` then computes; its output grows in place.
 
         Raises:
             RequestError, EngineDeadError: As `generate`.
         """
         self._check_open()
-        checked = self._checks.checked(params)
-        output, requests = self._processor.add(request_id, read_prompt(prompt, self._tokenizer), checked)
+        whole = read_prompt(with_names(prompt, priority=priority), self._tokenizer)
+        output, requests = self._processor.add(request_id, whole, self._checks.checked(params))
         self._add_to_engine(requests)
         return output
 
@@ -281,15 +289,19 @@ class LLM:
             raise EngineDeadError("this LLM has been closed")
 
     def _add_all(
-        self, inputs: Sequence[Any], all_params: Sequence[SamplingParams], raise_if_interrupted: Callable[[], None]
+        self,
+        inputs: Sequence[Any],
+        all_params: Sequence[SamplingParams],
+        priorities: Sequence[Priority | None],
+        raise_if_interrupted: Callable[[], None],
     ) -> list[RequestOutput]:
         """Hand all requests to the engine, once every one of them has been checked."""
         outputs, all_requests = [], []
-        for place, (prompt, params) in enumerate(zip(inputs, all_params, strict=True)):
+        for place, (given, params, priority) in enumerate(zip(inputs, all_params, priorities, strict=True)):
             raise_if_interrupted()
             with naming_place(place, len(inputs)):
-                checked = self._checks.checked(params)
-                output, requests = self._processor.add(self._new_id(), read_prompt(prompt, self._tokenizer), checked)
+                prompt = read_prompt(with_names(given, priority=priority), self._tokenizer)
+                output, requests = self._processor.add(self._new_id(), prompt, self._checks.checked(params))
             outputs.append(output)
             all_requests.append(requests)
         for place, requests in enumerate(all_requests):

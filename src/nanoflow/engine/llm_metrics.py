@@ -78,7 +78,21 @@ class LLMMetrics:
             "generation_tokens": self._num_generated,
             "request_success": self._num_ended,
         }
+        classes = {name: {**self._labels, "priority": name} for name in stats.classes}
+        by_class = [
+            *(
+                Gauge(name=f"{PREFIX}:num_requests_{state}_by_priority", value=value, labels=classes[name])
+                for name, counts in stats.classes.items()
+                for state, value in (("running", counts.num_running), ("waiting", counts.num_waiting))
+            ),
+            *(
+                Counter(name=f"{PREFIX}:{kind}_by_priority", value=value, labels=classes[name])
+                for name, counts in stats.classes.items()
+                for kind, value in (("tokens", counts.num_tokens), ("num_preemptions", counts.num_preemptions))
+            ),
+        ]
         return [
             *(Gauge(name=f"{PREFIX}:{name}", value=value, labels=self._labels) for name, value in gauges.items()),
             *(Counter(name=f"{PREFIX}:{name}", value=value, labels=self._labels) for name, value in counters.items()),
+            *by_class,
         ]

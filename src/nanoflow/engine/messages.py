@@ -19,12 +19,12 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from nanoflow.config import DEFAULT_MAX_LOGPROBS, EngineConfig
+from nanoflow.engine.book_facts import BookFacts
 from nanoflow.engine.limits import EngineLimits
 from nanoflow.kvcache.sizes import PoolSize
 from nanoflow.kvcache.tier_counts import TierCounts
 from nanoflow.models.generation import SamplingDefaults
 from nanoflow.outputs import Finished
-from nanoflow.plan.plan import PipelinePlan
 from nanoflow.request import Request
 
 
@@ -109,40 +109,6 @@ class Shutdown(Message, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanName:
-    """Name of a pipeline plan, and digest of its content."""
-
-    name: str
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BookFacts:
-    """The plans that an engine chooses from.
-
-    Attributes:
-        digest: Digest of the book's entries; the same as that of the stored book.
-        plans: All plans, the fallback first.
-        contents: The same plans as a whole, to be drawn; empty if only their names are known.
-        waits: For each of these, by its digest: `plan.dependencies.waits_in_period`.
-        resources: What bounds each operation that they order: compute, memory or network.
-    """
-
-    digest: str
-    plans: tuple[PlanName, ...]
-    contents: tuple[PipelinePlan, ...] = ()
-    waits: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    resources: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        """The plan's name and digest if there is one beside the fallback or none but the fallback, else the book's."""
-        chosen = self.plans[1:] or self.plans
-        if len(chosen) == 1:
-            return f"{chosen[0].name} ({chosen[0].digest})"
-        return f"book ({self.digest}) of {len(chosen)} plans"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFacts:
     """What a front end must know of a loaded engine.
 
@@ -224,6 +190,22 @@ class PrefetchCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClassCounts:
+    """Requests of one of the `PRIORITY_CLASSES`.
+
+    Attributes:
+        num_running, num_waiting: That hold pages, and that wait for admission.
+        num_tokens: Tokens of prompts and completions computed for them since the start, also those computed again.
+        num_preemptions: Since the start.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_tokens: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """State of the engine after an iteration.
 
@@ -231,6 +213,7 @@ class EngineStats:
         num_running, num_waiting: Requests that hold pages, and requests that wait for admission.
         pages_in_use, num_pages: KV pages of the pool that is fullest.
         num_preemptions: Since the start.
+        classes: The same of interactive and of background requests, by the names in `PRIORITY_CLASSES`.
         num_drafts, num_draft_tokens, num_accepted_tokens: Drafts that were verified, their tokens, and how many of
             these were accepted; since the start.
         num_undrafted_requests: Requests since the start for which drafts are not possible; see docs/speculative.md.
@@ -255,6 +238,7 @@ class EngineStats:
     pages_in_use: int = 0
     num_pages: int = 0
     num_preemptions: int = 0
+    classes: dict[str, ClassCounts] = field(default_factory=dict)
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0

@@ -10,7 +10,7 @@ import logging
 import torch
 
 from nanoflow.device.detect import device_name
-from nanoflow.engine.messages import BookFacts, PlanName
+from nanoflow.engine.book_facts import BookFacts, PlanName
 from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.book import PlanBook, StoredBook
 from nanoflow.plan.dependencies import waits_in_period

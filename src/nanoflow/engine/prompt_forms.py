@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 from nanoflow.parameters import shown
+from nanoflow.priorities import PRIORITY, Priority
 from nanoflow.request import RequestError, SamplingParams
 
 
@@ -56,3 +57,14 @@ def params_of_each(
     if len(sampling_params) != num_prompts:
         raise RequestError(f"there are {len(sampling_params)} sampling_params for {num_prompts} prompts")
     return sampling_params
+
+
+def priority_of_each(priority: Priority | Sequence[Priority] | None, num_prompts: int) -> Sequence[Priority | None]:
+    """The priority of each prompt, None for its own; RequestError if one is invalid or their number is another."""
+    if priority is None:
+        return [None] * num_prompts
+    if isinstance(priority, str) or not isinstance(priority, Sequence):
+        return [PRIORITY.read("priority", priority)] * num_prompts
+    if len(priority) != num_prompts:
+        raise RequestError(f"there are {len(priority)} priorities for {num_prompts} prompts", param="priority")
+    return [PRIORITY.read("priority", one) for one in priority]

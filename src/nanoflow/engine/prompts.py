@@ -17,12 +17,14 @@ from nanoflow.engine.messages import EngineFacts
 from nanoflow.engine.tokenizer import Tokenizer, TokenizerError
 from nanoflow.kvcache.keys import page_keys, root_key
 from nanoflow.parameters import integers, shown
+from nanoflow.priorities import PRIORITY, Priority
 from nanoflow.request import MAX_BAD_WORD_TOKENS, Request, RequestError, SamplingParams
 from nanoflow.scheduler.limits import CONTEXT_OVERFLOW, SchedulerLimits, checked_prompt
 from nanoflow.thinking import ThinkingLimit
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids")
 _NAME_KEYS = ("cache_salt", "session_id")
+_PRIORITY_KEY = "priority"
 _NUM_SEEDS = 2**64
 _DEFAULT_MAX_TOKENS = SamplingParams().max_tokens
 # Most log probabilities of one request, prompt and completions together, if it asks for more of them at each place than
@@ -43,6 +45,7 @@ class Prompt:
         session_id: The conversation that it is a turn of: its pages can be asked for by this name before the next turn.
         form: How the model writes its answer; None if nobody has looked, then it is as in the model's own template.
         is_reasoning: With a form, whether the prompt has opened a section of reasoning; None if it says nothing.
+        priority: Who goes first: an integer, of which lower ones do, or "batch" (`priorities.py`).
     """
 
     text: str | None
@@ -51,12 +54,25 @@ class Prompt:
     session_id: str | None = None
     form: ChatFormat | None = None
     is_reasoning: bool | None = None
+    priority: Priority = 0
 
 
 PromptInput = str | Sequence[int] | Mapping[str, Any] | Prompt
 """A text, its token ids, {"prompt": text}, {"prompt_token_ids": ids}, or what was read already.
 
-A mapping may have "cache_salt" and "session_id" too: see `Prompt`."""
+A mapping may have "cache_salt", "session_id" and "priority" too: see `Prompt`."""
+
+
+def with_names(prompt: PromptInput, **names: Any) -> PromptInput:
+    """A prompt in any of its forms with `cache_salt`, `session_id` and `priority`, as far as they are not None."""
+    given = {name: value for name, value in names.items() if value is not None}
+    if not given:
+        return prompt
+    if isinstance(prompt, Prompt):
+        return dataclasses.replace(prompt, **given)
+    if isinstance(prompt, Mapping):
+        return {**prompt, **given}
+    return {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **given}
 
 
 def read_prompt(prompt: PromptInput, tokenizer: Tokenizer | None) -> Prompt:
@@ -166,6 +182,7 @@ def make_requests(
         arrival_s=arrival_s,
         session=prompt.session_id,
         thinking=thinking,
+        priority=prompt.priority,
     )
     _check(first, facts)
     if first.structured is not None and not eos_token_ids:
@@ -236,17 +253,19 @@ def _counted_logprobs(params: SamplingParams, num_prompt: int, max_tokens: int, 
 
 
 def _names(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """Salt and session of a prompt, as far as it has them."""
-    given = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
+    """Salt, session and priority of a prompt, as far as it has them."""
+    given: dict[str, Any] = {name: prompt[name] for name in _NAME_KEYS if prompt.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, str) or not value:
             raise RequestError(f"a prompt's {name} is a string that is not empty, got {shown(value)}", param=name)
+    if prompt.get(_PRIORITY_KEY) is not None:
+        given[_PRIORITY_KEY] = PRIORITY.read(_PRIORITY_KEY, prompt[_PRIORITY_KEY])
     return given
 
 
 def _parts(prompt: Mapping[str, Any]) -> tuple[str | None, Any]:
     """The text to show, and what is completed: token ids go before a text that stands beside them."""
-    own = (*_PROMPT_KEYS, *_NAME_KEYS)
+    own = (*_PROMPT_KEYS, *_NAME_KEYS, _PRIORITY_KEY)
     pass_over(PROMPTS, "a prompt", {name: value for name, value in prompt.items() if name not in own})
     given = {name: prompt[name] for name in _PROMPT_KEYS if prompt.get(name) is not None}
     if not given:

@@ -13,12 +13,13 @@ from typing import Any
 from nanoflow.compat.calls import ASYNC_CALLS, METHODS, pass_over
 from nanoflow.engine.async_engine import AsyncEngine
 from nanoflow.engine.errors import EngineDeadError
-from nanoflow.engine.prompts import PromptInput
+from nanoflow.engine.prompts import PromptInput, with_names
 from nanoflow.engine.transformers_tokenizer import transformers_tokenizer
 from nanoflow.familiar.engine_args import EngineArgs
 from nanoflow.familiar.snapshots import Snapshots
 from nanoflow.outputs import RequestOutput
 from nanoflow.parameters import shown
+from nanoflow.priorities import Priority
 from nanoflow.request import RequestError, RequestOutputKind, SamplingParams
 
 
@@ -61,7 +62,13 @@ class AsyncLLM:
         return await asyncio.shield(self._starting)
 
     async def generate(
-        self, prompt: PromptInput, sampling_params: SamplingParams, request_id: str, **others: Any
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: Priority | None = None,
+        **others: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete a prompt. Closing the generator, or cancelling the task that reads it, aborts the request.
 
@@ -69,6 +76,7 @@ class AsyncLLM:
             prompt: As for `LLM.generate`.
             sampling_params: Sampling parameters; `output_kind` says what is yielded.
             request_id: Name of the request, unique among unfinished ones.
+            priority: An integer, of which lower ones go first, or "batch"; 0 if not given.
             **others: Other arguments of vLLM, accepted at values that change nothing.
 
         Yields:
@@ -85,7 +93,8 @@ class AsyncLLM:
         params = sampling_params.snapshot()
         kind, params.output_kind = params.output_kind, RequestOutputKind.CUMULATIVE
         snapshots = Snapshots(kind)
-        stream = engine.generate(prompt, params, request_id, streams=kind is not RequestOutputKind.FINAL_ONLY)
+        whole = with_names(prompt, priority=priority)
+        stream = engine.generate(whole, params, request_id, streams=kind is not RequestOutputKind.FINAL_ONLY)
         try:
             async for output in stream:
                 yield snapshots.take(output)

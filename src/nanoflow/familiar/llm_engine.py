@@ -14,6 +14,7 @@ from nanoflow.engine.prompts import PromptInput
 from nanoflow.familiar.engine_args import EngineArgs
 from nanoflow.familiar.snapshots import Snapshots
 from nanoflow.outputs import RequestOutput
+from nanoflow.priorities import Priority
 from nanoflow.request import RequestOutputKind, SamplingParams
 
 
@@ -40,14 +41,22 @@ class LLMEngine:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"LLMEngine has no {name}" + METHODS.ending(name))
 
-    def add_request(self, request_id: str, prompt: PromptInput, params: SamplingParams, **others: Any) -> None:
-        """Add a request.
+    def add_request(
+        self,
+        request_id: str,
+        prompt: PromptInput,
+        params: SamplingParams,
+        *,
+        priority: Priority | None = None,
+        **others: Any,
+    ) -> None:
+        """Add a request; `priority` as for `LLM.generate`.
 
         Raises:
             RequestError: It is invalid, or its id is that of an unfinished request.
         """
         pass_over(ENGINE_CALLS, "add_request", others)
-        output = self._llm.add(request_id, prompt, params)
+        output = self._llm.add(request_id, prompt, params, priority)
         self._requests[request_id] = (output, Snapshots(params.output_kind), params.output_kind)
 
     def step(self) -> list[RequestOutput]:

@@ -208,7 +208,7 @@ class Drafter:
         is_decode = turn.num_pending == 1
         rows = self._willing(turn.rows[is_decode], table)
         rows = rows[table.num_tokens[rows] == table.num_known[rows]]
-        left = min(turn.num_left, self._max_tokens)
+        left = min(turn.num_unused, self._max_tokens)
         guesses: dict[int, Int32] = {}
         for row in rows.tolist():
             # The token after the draft is drawn too.

@@ -13,8 +13,11 @@ import numpy as np
 from nanoflow.batch import DenseBatch, Int64, Joined, PromptPooling, PromptScore
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.request import Pooling
+from nanoflow.scheduler.background import Background, Hurry, Part
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
+
+_NOBODY = Part(rows=np.zeros(0, np.int64), num_before=np.zeros(0, np.int64), num_pending=np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,9 @@ class Turn:
         num_before: Tokens computed before this iteration.
         num_pending: Known tokens that are not computed.
         num_taken: How many of them this iteration computes.
-        num_left: Tokens that still fit in the iteration's budget.
+        num_left: Tokens that still fit, for interactive requests: they may take those of background ones.
+        num_background: Tokens that background requests have.
+        num_left_background: Tokens that still fit, for background requests.
         num_drafts: How many of the pending tokens, the last ones, are guesses (`drafts.py`).
     """
 
@@ -35,27 +40,68 @@ class Turn:
     num_pending: Int64
     num_taken: Int64
     num_left: int
+    num_background: int
+    num_left_background: int
     num_drafts: Int64
 
+    @property
+    def num_unused(self) -> int:
+        """Tokens of the budget that nobody has."""
+        return max(self.num_left - self.num_background, 0)
 
-def fill_budget(table: RowTable, pace: Pace, max_batch_tokens: int) -> Turn:
-    """Distribute the token budget: requests with one pending token first, then the others, each oldest first."""
-    rows = table.order
-    num_pending = table.num_pending(rows)
-    by_turn = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
-    rows, num_pending = rows[by_turn], num_pending[by_turn]
-    max_tokens = pace.max_tokens(max_batch_tokens, table.num_computed[rows], num_pending)
-    num_ahead = np.cumsum(num_pending) - num_pending
-    num_taken = np.clip(max_tokens - num_ahead, 0, num_pending)
-    count = np.count_nonzero(num_taken)
-    return Turn(
-        rows=rows[:count],
-        num_before=table.num_computed[rows[:count]],
-        num_pending=num_pending[:count],
-        num_taken=num_taken[:count],
-        num_left=max_tokens - int(num_taken.sum()),
-        num_drafts=np.zeros(count, dtype=np.int64),
+
+def fill_budget(table: RowTable, pace: Pace, background: Background, max_batch_tokens: int) -> Turn:
+    """Distribute the token budget: among interactive requests first, then among background ones.
+
+    In each class those with one pending token come first, then the others, each in the order of the rows.
+    """
+    num_first = table.num_interactive
+    first = _part(table, table.order[:num_first])
+    max_tokens = pace.max_tokens(max_batch_tokens, first.num_before, first.num_pending)
+    taken_first = first.taken(max_tokens)
+    behind = _part(table, table.order[num_first:]) if num_first < table.num_running else _NOBODY
+    max_behind = background.max_tokens(
+        pace, max_batch_tokens, first, taken_first, behind, lambda: _hurry(table, first, taken_first)
     )
+    taken_behind = behind.taken(max_behind)
+    both, num_taken, places = _in_batch_order(first, taken_first, behind, taken_behind)
+    num_background = int(taken_behind.sum())
+    return Turn(
+        rows=both.rows[places],
+        num_before=both.num_before[places],
+        num_pending=both.num_pending[places],
+        num_taken=num_taken[places],
+        num_left=max_tokens - int(taken_first.sum()),
+        num_background=num_background,
+        num_left_background=max_behind - num_background,
+        num_drafts=np.zeros_like(both.rows[places]),
+    )
+
+
+def _in_batch_order(
+    first: Part, taken_first: Int64, behind: Part, taken_behind: Int64
+) -> tuple[Part, Int64, Int64 | slice]:
+    """All requests with their tokens, and the places of those that get any; with one pending token they come first."""
+    if len(behind.rows) == 0:
+        return first, taken_first, slice(np.count_nonzero(taken_first))
+    both, taken = first + behind, np.concatenate((taken_first, taken_behind))
+    is_there, is_decode = taken > 0, both.num_pending == 1
+    return both, taken, np.concatenate((np.flatnonzero(is_there & is_decode), np.flatnonzero(is_there & ~is_decode)))
+
+
+def _part(table: RowTable, rows: Int64) -> Part:
+    """These rows in the order in which they get tokens."""
+    num_pending = table.num_pending(rows)
+    places = np.concatenate((np.flatnonzero(num_pending == 1), np.flatnonzero(num_pending > 1)))
+    rows = rows[places]
+    return Part(rows=rows, num_before=table.num_computed[rows], num_pending=num_pending[places])
+
+
+def _hurry(table: RowTable, part: Part, taken: Int64) -> Hurry:
+    """Those of a part that have no token yet."""
+    waits = np.flatnonzero(table.num_tokens[part.rows] == table.num_prompt[part.rows])
+    num_behind = np.cumsum(part.num_pending - taken)
+    return Hurry(arrival_s=table.arrival_s[part.rows[waits]], num_behind=num_behind[waits])
 
 
 def form_batch(

@@ -19,24 +19,29 @@ from nanoflow.plan.iteration_time import IterationTime
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """A bound on the time of iterations with decodes; there is none if one of the first two attributes is None.
+    """Bounds on the time of iterations; there are none without a prediction of it.
 
     Attributes:
-        max_itl_s: Most seconds of such an iteration. Decodes are never delayed, even if they alone take longer.
+        max_itl_s: Most seconds of an iteration with decodes, None for any. Decodes of interactive requests are never
+            delayed, even if they alone take longer.
+        max_ttft_s: Longest time to the first token that background requests may cause (`background.py`), None for any.
         iteration_time: Predicts the time.
         min_prompt_tokens: Prompts advance by at least this many tokens in an iteration, however long it takes.
 
     Raises:
-        ValueError: The bound or the least number of tokens is not positive.
+        ValueError: A bound or the least number of tokens is not positive.
     """
 
     max_itl_s: float | None = None
+    max_ttft_s: float | None = None
     iteration_time: IterationTime | None = None
     min_prompt_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self.max_itl_s is not None and not self.max_itl_s > 0:
-            raise ValueError(f"max_itl_s must be positive, got {self.max_itl_s}")
+        for name in ("max_itl_s", "max_ttft_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.min_prompt_tokens < 1:
             raise ValueError(f"min_prompt_tokens must be at least 1, got {self.min_prompt_tokens}")
 

@@ -13,51 +13,54 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow.batch import Int64
-from nanoflow.scheduler.lengths import OutputLength
-from nanoflow.scheduler.progress import Progress
+from nanoflow.scheduler.progress import Lengths, Progress
 from nanoflow.scheduler.reuse import Candidate, Queueing
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.tiers import NOTHING, Below, Tiers
 from nanoflow.scheduler.waiting import WaitingRequest
 
-Expect = Callable[[OutputLength, Progress], Int64]
+Expect = Callable[[Lengths, Progress], Int64]
 """Tokens that each request is assumed to generate from now on, int64 [N], each at least 1."""
 
-Victim = Callable[[RowTable, OutputLength], int]
+Victim = Callable[[RowTable, Lengths], int]
 """The row whose request is sent back to the queue when pages have run out."""
 
 
-def expect_learnt(lengths: OutputLength, progress: Progress) -> Int64:
+def expect_learnt(lengths: Lengths, progress: Progress) -> Int64:
     """What was learnt from requests that have ended: the predicted peak of pages fits."""
     return lengths.counted_remaining(progress)
 
 
-def expect_held(lengths: OutputLength, progress: Progress) -> Int64:
+def expect_held(lengths: Lengths, progress: Progress) -> Int64:
     """The same, counting that those who end give back the pages of their prompts too."""
     return lengths.held_remaining(progress)
 
 
-def expect_most(lengths: OutputLength, progress: Progress) -> Int64:
+def expect_most(lengths: Lengths, progress: Progress) -> Int64:
     """As many as each may generate: nobody is ever sent back."""
     del lengths
     return np.maximum(progress.max_remaining, 1)
 
 
-def expect_next(lengths: OutputLength, progress: Progress) -> Int64:
+def expect_next(lengths: Lengths, progress: Progress) -> Int64:
     """The next token alone: everybody runs whose known tokens fit, and who turns out to be too many is sent back."""
     del lengths
     return np.ones_like(progress.num_tokens)
 
 
-def newest(rows: RowTable, lengths: OutputLength) -> int:
-    """The request that was let in last."""
+def newest(rows: RowTable, lengths: Lengths) -> int:
+    """Of the least urgent requests the one that was let in last."""
     del lengths
     return int(rows.order[-1])
 
 
-def longest_remaining(rows: RowTable, lengths: OutputLength) -> int:
-    """The request that is expected to generate most; not the oldest of several, so that one always goes on."""
-    first = min(1, rows.num_running - 1)
+def longest_remaining(rows: RowTable, lengths: Lengths) -> int:
+    """Of the least urgent requests the one that is expected to generate most.
+
+    It is not the oldest of several that run, so that one always goes on.
+    """
+    ranks = rows.rank[rows.order]
+    first = max(min(1, rows.num_running - 1), int(np.searchsorted(ranks, ranks[-1])))
     remaining = lengths.counted_remaining(rows.progress())
     return int(rows.order[first + np.argmax(remaining[first:])])
 

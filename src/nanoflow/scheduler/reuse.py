@@ -143,6 +143,7 @@ class PrefixReuse:
         # Keys of each row in all; of these, the first so many have been computed.
         self._num_keys, self._num_cached = np.zeros((2, num_rows), dtype=np.int64)
         self._row_computing: dict[bytes, int] = {}
+        self._background_rows: set[int] = set()
         self.counts = ReuseCounts()
 
     def candidates(
@@ -176,7 +177,7 @@ class PrefixReuse:
             awaited = following[: min(_LEAST_AWAITED, most_pages)]
             below = self._queueing.below(self._tiers, waiting, waiting.page_keys[:most_pages], prefix.num_pages)
             is_computing = len(awaited) == _LEAST_AWAITED and all(
-                key in self._row_computing or key in claimed for key in awaited
+                key in claimed or self._is_computed_for(waiting, key) for key in awaited
             )
             if is_computing or below.is_loading:
                 num_passed_over += 1
@@ -204,6 +205,11 @@ class PrefixReuse:
         """Load what a candidate lacks, unless that has begun; False if it is not there, or no room is."""
         return self._tiers.start_load(candidate.waiting.page_keys[: candidate.num_loadable], num_spare)
 
+    def _is_computed_for(self, waiting: WaitingRequest, key: bytes) -> bool:
+        """Whether a request may wait for this page: an interactive one waits for no background request."""
+        row = self._row_computing.get(key)
+        return row is not None and (waiting.request.is_background or row not in self._background_rows)
+
     def _most_pages(self, waiting: WaitingRequest) -> int:
         """Pages that a request may find: at least its last token is computed."""
         return 0 if waiting.request.computes_whole_prompt else (len(waiting.token_ids) - 1) // self._page_size
@@ -214,8 +220,13 @@ class PrefixReuse:
         self._root[row], self._keys[row] = candidate.waiting.request.page_keys[:KEY_BYTES], keys
         self._num_keys[row], self._num_cached[row] = len(keys), num_pages
         self._pools.adopt(row, candidate.prefix)
+        is_background = candidate.waiting.request.is_background
+        if is_background:
+            self._background_rows.add(row)
         for key in keys[num_pages:]:
-            self._row_computing.setdefault(key, row)
+            first = self._row_computing.setdefault(key, row)
+            if first in self._background_rows and not is_background:
+                self._row_computing[key] = row
         if self._root[row] and not candidate.waiting.request.computes_whole_prompt:
             self.counts = ReuseCounts(
                 num_asked=self.counts.num_asked + len(candidate.waiting.token_ids),
@@ -298,6 +309,7 @@ class PrefixReuse:
     def _clear(self, row: int) -> tuple[bytes, ...]:
         keys = tuple(self._keys[row])
         self._forget_computing(row, keys[int(self._num_cached[row]) :])
+        self._background_rows.discard(row)
         self._root[row], self._keys[row] = b"", []
         self._num_keys[row] = self._num_cached[row] = 0
         return keys

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanoflow.batch import Bool, Int32, Int64
+from nanoflow.batch import Bool, Float64, Int32, Int64
+from nanoflow.priorities import BATCH, rank_of
 from nanoflow.request import Request
 from nanoflow.scheduler.limits import SchedulerLimits
 from nanoflow.scheduler.progress import Progress
@@ -36,7 +37,8 @@ class RowTable:
     """State of the running requests; R rows. All columns are int64 [R] unless stated.
 
     Attributes:
-        order: int64 [num_running], the rows in use, in order of admission, oldest first.
+        order: int64 [num_running], the rows in use: those of lower rank first, of one rank in order of admission.
+        num_interactive: How many of these, the first, have no background request.
         requests: The tenant of each row; None if it is free.
         request_id: Of the tenant.
         epoch: Which tenant of the row this is; grows whenever one leaves.
@@ -49,6 +51,8 @@ class RowTable:
         is_exact: bool [R], it will have `max_total` tokens, as end of sequence is ignored.
         is_scored: bool [R], log probabilities of its prompt are asked for.
         is_pooled: bool [R], a vector of its prompt is asked for.
+        rank: Of the tenant; see `Request.rank`.
+        arrival_s: float64 [R], when it came, on the monotonic clock.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -57,11 +61,14 @@ class RowTable:
         self._free = list(range(num_rows - 1, -1, -1))
         self._row_of: dict[int, int] = {}
         self.order: Int64 = np.zeros(0, dtype=np.int64)
+        self.num_interactive = 0
         self.requests: list[Request | None] = [None] * num_rows
         self.request_id, self.epoch, self.num_prompt, self.num_sent = np.zeros((4, num_rows), dtype=np.int64)
         self.num_known, self.num_tokens, self.num_computed = np.zeros((3, num_rows), dtype=np.int64)
         self.min_total, self.max_total = np.zeros((2, num_rows), dtype=np.int64)
         self.is_exact, self.is_scored, self.is_pooled = np.zeros((3, num_rows), dtype=np.bool_)
+        self.rank: Int64 = np.zeros(num_rows, dtype=np.int64)
+        self.arrival_s: Float64 = np.zeros(num_rows)
         self._token_ids = np.zeros((num_rows, limits.max_model_len), dtype=np.int32)  # untouched zeros take no memory
         # Most requests have few; those of one with many stand apart, as every row pays for the size of this array.
         self._stop_ids = np.full((_NUM_STOP_IDS, num_rows), limits.vocab_size, dtype=np.int32)
@@ -90,7 +97,7 @@ class RowTable:
         return request
 
     def join(self, newcomers: Sequence[WaitingRequest], num_computed: Sequence[int]) -> Int64:
-        """Give each of these N requests a free row, int64 [N]; they become the newest, in this order.
+        """Give each of these N requests a free row, int64 [N]; they become the newest of their rank, in this order.
 
         Args:
             newcomers: They.
@@ -105,8 +112,10 @@ class RowTable:
             ],
             dtype=np.int64,
         ).T
-        self.order = np.concatenate((self.order, rows))
         self.request_id[rows] = [request.request_id for request in requests]
+        self.rank[rows] = [request.rank for request in requests]
+        self.arrival_s[rows] = [request.arrival_s for request in requests]
+        self._set_order(np.concatenate((self.order, rows)))
         self.num_prompt[rows] = num_prompt
         self.num_sent[rows] = self.num_known[rows] = self.num_tokens[rows] = num_known
         self.num_computed[rows] = num_computed
@@ -128,13 +137,19 @@ class RowTable:
         """Free these rows; what is still on its way for their tenants will be recognised by its epoch."""
         is_staying = np.ones(len(self.requests), dtype=np.bool_)
         is_staying[rows] = False
-        self.order = self.order[is_staying[self.order]]
+        self._set_order(self.order[is_staying[self.order]])
         self.epoch[rows] += 1
         for row in rows:
             del self._row_of[self.tenant(row).request_id]
             self.requests[row] = None
             self._more_stop_ids.pop(row, None)
         self._free.extend(rows)
+
+    def behind(self, rows: Int64) -> Int64:
+        """The rows in use that are less urgent than one of these (int64 [N])."""
+        if len(rows) == 0 or self.rank[rows].min() == self.rank[self.order[-1]]:
+            return rows[:0]
+        return self.order[np.searchsorted(self.rank[self.order], self.rank[rows].min(), side="right") :]
 
     def num_pending(self, rows: Int64) -> Int64:
         """Tokens that are there and not computed, int64 [len(rows)]; a request's last token is never computed."""
@@ -191,14 +206,23 @@ class RowTable:
         """All known tokens of a row, int32 [num_known]: not a copy, and as it is until the next change."""
         return self._token_ids[row, : self.num_known[row]]
 
-    def progress(self) -> Progress:
-        """Lengths of the running requests, oldest first."""
-        num_tokens = self.num_tokens[self.order]
+    def are_background(self, rows: Int64) -> Bool:
+        """Whether these rows in use (int64 [N]) have background requests, bool [N]."""
+        if self.num_interactive == len(self.order):
+            return np.zeros(len(rows), dtype=np.bool_)
+        found: Bool = self.rank[rows] == rank_of(BATCH)
+        return found
+
+    def progress(self, count: int | None = None) -> Progress:
+        """Lengths of the running requests, or of the first so many of them, in their order."""
+        order = self.order[:count]
+        num_tokens = self.num_tokens[order]
         return Progress(
             num_tokens=num_tokens,
-            num_generated=num_tokens - self.num_prompt[self.order],
-            max_remaining=self.max_total[self.order] - num_tokens,
-            is_exact=self.is_exact[self.order],
+            num_generated=num_tokens - self.num_prompt[order],
+            max_remaining=self.max_total[order] - num_tokens,
+            is_exact=self.is_exact[order],
+            is_background=self.are_background(order),
         )
 
     def check_integrity(self) -> None:
@@ -209,11 +233,20 @@ class RowTable:
         tenants = {request.request_id: row for row, request in enumerate(self.requests) if request is not None}
         if tenants != self._row_of or tenants != dict(zip(self.request_id[rows].tolist(), rows.tolist(), strict=True)):
             raise RuntimeError(f"rows and their tenants differ: {tenants}, {self._row_of}")
+        if (np.diff(self.rank[rows]) < 0).any():
+            raise RuntimeError("rows are not in the order of their ranks")
         counts = (self.num_computed, self.num_tokens, self.max_total)
         if any((low[rows] > high[rows]).any() for low, high in itertools.pairwise(counts)):
             raise RuntimeError("num_computed <= num_tokens <= max_total does not hold")
         if (self.num_known[rows] > self.num_tokens[rows]).any() or (self.num_sent > self.num_known)[rows].any():
             raise RuntimeError("num_sent <= num_known <= num_tokens does not hold")
+
+    def _set_order(self, order: Int64) -> None:
+        ranks = self.rank[order]
+        if (ranks[1:] < ranks[:-1]).any():
+            places = np.argsort(ranks, kind="stable")
+            order, ranks = order[places], ranks[places]
+        self.order, self.num_interactive = order, int(ranks.searchsorted(rank_of(BATCH)))
 
     def _set_stop_ids(self, row: int, ids: tuple[int, ...]) -> None:
         few, more = ids[:_NUM_STOP_IDS], ids[_NUM_STOP_IDS:]

@@ -3,7 +3,8 @@
 It knows no tensors and does not wait: `schedule` may be called before the last batch is committed, since a token's
 place is known before its value. A request may get several tokens from one iteration, or none: where its next tokens are
 guessed (`drafts.py`), those that do not count (`verify.py`) are taken back. State is in `rows.py` and `kvcache/`, what
-a running request computes in `forming.py`, who is let in in `joining.py`, what need not be computed in `reuse.py`.
+a running request computes in `forming.py`, who is let in in `joining.py`, who is sent back in `tenancy.py`, what need
+not be computed in `reuse.py`.
 
 Pages and rows of a request are released as soon as its end is known, though an iteration that writes to them may be on
 its way; so are pages that a sliding window has left behind, though one may be on its way that reads them. That is safe
@@ -12,21 +13,24 @@ because the executor runs iterations in order: a later tenant writes later, and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nanoflow.batch import Bool, DenseBatch, Int64, Joined, SampledTokens
+from nanoflow.batch import Bool, DenseBatch, SampledTokens
 from nanoflow.kvcache.keys import split
 from nanoflow.kvcache.pages import OutOfPagesError, PagePool
 from nanoflow.kvcache.pools import PagePools
 from nanoflow.outputs import Finished, FinishReason
+from nanoflow.priorities import BATCH, rank_of
 from nanoflow.request import Request
+from nanoflow.scheduler.background import Background
+from nanoflow.scheduler.class_lengths import ClassLengths
 from nanoflow.scheduler.drafts import Drafts, NoDrafts
 from nanoflow.scheduler.forming import Turn, fill_budget, form_batch
 from nanoflow.scheduler.joining import Joining
 from nanoflow.scheduler.key_events import Put, key_events
-from nanoflow.scheduler.lengths import OutputLength
 from nanoflow.scheduler.limits import SchedulerLimits, checked_prompt
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.policies import Policies, default_policies
@@ -34,6 +38,7 @@ from nanoflow.scheduler.results import Committed, SchedulerEvents, end_of, owner
 from nanoflow.scheduler.reuse import PrefetchAnswer, PrefixReuse, ReuseCounts
 from nanoflow.scheduler.rows import RowTable
 from nanoflow.scheduler.sessions import Session
+from nanoflow.scheduler.tenancy import Tenancy
 from nanoflow.scheduler.tiers import NoTiers, Tiers
 from nanoflow.scheduler.verify import counting_draws
 from nanoflow.scheduler.waiting import WaitingQueue, WaitingRequest
@@ -54,6 +59,7 @@ class Scheduler:
         make_tiers: Makes what is below the device's pages (`tiers`); nothing is if not given.
         policies: What its rule leaves open; `default_policies` if not given.
         is_ready: Whether a waiting request may run yet; all may if not given.
+        clock: Seconds, monotonic: the clock of `Request.arrival_s`.
     """
 
     def __init__(
@@ -66,9 +72,11 @@ class Scheduler:
         make_tiers: Callable[[PagePools], Tiers] | None = None,
         policies: Policies | None = None,
         is_ready: Callable[[Request], bool] = lambda request: True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._limits, self.pace = limits, pace or Pace()
         self.drafts: Drafts = drafts or NoDrafts()
+        self.background = Background(clock, lambda: sum(self.num_background) > 0)
         self._rows = RowTable(limits)
         events = key_events(put_key_event, self._rows, limits.page_size)
         self._pages = PagePools(
@@ -79,10 +87,19 @@ class Scheduler:
             watch=events,
         )
         self._waiting = WaitingQueue(is_ready)
-        self._lengths = OutputLength()
+        self._lengths = ClassLengths()
         self.tiers: Tiers = make_tiers(self._pages) if make_tiers else NoTiers()
         self._policies = policies or default_policies(self.tiers)
         self._reuse = PrefixReuse(self._pages, limits, events, self.tiers, self._policies.queueing)
+        self._tenancy = Tenancy(
+            rows=self._rows,
+            pages=self._pages,
+            waiting=self._waiting,
+            reuse=self._reuse,
+            lengths=self._lengths,
+            victim=self._policies.victim,
+            vocab_size=limits.vocab_size,
+        )
         self._joining = Joining(
             limits,
             self._policies,
@@ -91,9 +108,8 @@ class Scheduler:
             waiting=self._waiting,
             reuse=self._reuse,
             lengths=self._lengths,
+            tenancy=self._tenancy,
         )
-        self._events = SchedulerEvents()
-        self.num_preemptions = 0
         self._iteration = 0
 
     @property
@@ -110,6 +126,21 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that wait for admission."""
         return len(self._waiting)
+
+    @property
+    def num_background(self) -> tuple[int, int]:
+        """Background requests that have a row, and those that wait for admission."""
+        return self._rows.num_running - self._rows.num_interactive, self._waiting.num_background
+
+    @property
+    def num_preemptions(self) -> int:
+        """Requests that were sent back since the start."""
+        return self._tenancy.num_preemptions
+
+    @property
+    def num_background_preemptions(self) -> int:
+        """How many of them were background requests."""
+        return self._tenancy.num_background_preemptions
 
     @property
     def reuse_counts(self) -> ReuseCounts:
@@ -162,8 +193,8 @@ class Scheduler:
             return self._waiting.discard(request_id)
         num_generated = int(self._rows.num_known[row] - self._rows.num_prompt[row])
         if num_generated and not self._rows.is_exact[row]:
-            self._lengths.observe_end(num_generated)
-        self._release([row])
+            self._lengths.observe_end(num_generated, is_background=self._rows.tenant(row).is_background)
+        self._tenancy.release([row])
         return True
 
     def schedule(self) -> DenseBatch | None:
@@ -175,20 +206,16 @@ class Scheduler:
         """
         if self.drafts.awaits_commit(self._rows, self.pace.iteration_time):
             return None
-        self._slide(self._rows.order)
-        turn, has_preempted = self._fill_budget(), False
-        while not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
-            self._preempt()
-            turn, has_preempted = self._fill_budget(), True
-        joined = () if has_preempted else self._admit(turn.num_left)
-        if joined:
-            turn = self._fill_budget()
-            if not self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
+        # Drafts, which may be taken back, are not on their way: what counts as computed now stays so.
+        self._pages.slide(self._rows.order, self._rows.num_computed[self._rows.order])
+        self._joining.make_way()
+        turn, sent_back = self._grown_turn()
+        if self._admit(turn, sent_back):
+            turn, sent_back = self._grown_turn()
+            if sent_back is not None and sent_back < rank_of(BATCH):
                 raise OutOfPagesError("more was admitted than fits: the predicted peak is below what is needed at once")
         self._joining.start_loads()
-        if len(turn.rows) == 0:
-            return None
-        return self._advance(self._with_drafts(turn), joined)
+        return self._advance(self._with_drafts(turn)) if len(turn.rows) else None
 
     def commit(self, batch: DenseBatch, result: SampledTokens) -> Committed:
         """Take in the tokens of a batch; batches are committed in the order in which they were formed.
@@ -218,7 +245,6 @@ class Scheduler:
         self.drafts.note_committed(batch)
         if has_drafts:
             self._take_back(batch, is_alive, is_counting)
-
         request_ids = rows.request_id[kept_rows]
         finished = {
             int(rows.request_id[row]): Finished(reason=FinishReason.ERROR, error=result.errors[place])
@@ -228,17 +254,18 @@ class Scheduler:
         # A length that was known from the start says nothing of those that are not.
         is_telling = ~rows.is_exact[kept_rows]
         num_generated = positions.astype(np.int64) + 1 - rows.num_prompt[kept_rows]
-        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling])
+        is_background = rows.are_background(kept_rows)
+        self._lengths.observe_tokens(num_generated[is_telling], is_last[is_telling], is_background[is_telling])
+        first_rows = kept_rows[(num_generated == 1) & ~is_background]
+        self.background.note_first_tokens(self.pace, rows.arrival_s[first_rows])
         ending = np.flatnonzero(is_last)
         for index in ending.tolist():
-            row = int(kept_rows[index])
-            finished[int(request_ids[index])] = end_of(
-                rows.tenant(row), int(token_ids[index]), is_stop=bool(is_stop[index])
-            )
+            request = rows.tenant(int(kept_rows[index]))
+            finished[request.request_id] = end_of(request, int(token_ids[index]), is_stop=bool(is_stop[index]))
         for row in failed:
             self._reuse.fail(row)
         self._reuse.note_known(kept_rows, rows)
-        self._release([*failed, *kept_rows[ending].tolist()])
+        self._tenancy.release([*failed, *kept_rows[ending].tolist()])
         return Committed(
             request_ids=request_ids,
             token_ids=token_ids,
@@ -264,8 +291,7 @@ class Scheduler:
 
     def drain_events(self) -> SchedulerEvents:
         """What has happened since the last call."""
-        events, self._events = self._events, SchedulerEvents()
-        return events
+        return self._tenancy.drain_events()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError if pages, rows and queue contradict each other."""
@@ -275,16 +301,6 @@ class Scheduler:
         self.tiers.check_integrity()
         if any(int(request_id) in self._waiting for request_id in self._rows.request_id[order]):
             raise RuntimeError("a request waits and runs at once")
-
-    def _fill_budget(self) -> Turn:
-        return fill_budget(self._rows, self.pace, self._limits.max_batch_tokens)
-
-    def _slide(self, rows: Int64) -> None:
-        """Give back the pages that nothing of these rows sees any more.
-
-        What counts as computed when a batch is formed stays so: drafts, which may be taken back, are not on their way.
-        """
-        self._pages.slide(rows, self._rows.num_computed[rows])
 
     def _with_drafts(self, turn: Turn) -> Turn:
         """The turn with drafts if there are any and free pages hold them: for a guess nobody is sent back."""
@@ -303,48 +319,32 @@ class Scheduler:
         self._pages.shrink(rows, self._rows.num_computed[rows])
         self.drafts.note_verified(batch, is_alive, num_counting)
 
-    def _preempt(self) -> None:
-        """Take a request's row and pages; it will get them back or recompute, and draw again what was on its way."""
-        row = self._policies.victim(self._rows, self._lengths)
-        request = self._rows.tenant(row)
-        token_ids = self._rows.known_tokens(row)
-        (keys,) = self._release([row])
-        self._waiting.push_front(
-            WaitingRequest(request=request, token_ids=token_ids, page_keys=keys, is_preempted=True)
-        )
-        self._events.preempted.append(request.request_id)
-        self.num_preemptions += 1
-        self._lengths.observe_preemption()
+    def _grown_turn(self) -> tuple[Turn, int | None]:
+        """The next turn, whose requests have their pages, and the lowest rank of those that were sent back for it."""
+        sent_back: list[int] = []
+        while True:
+            turn = fill_budget(self._rows, self.pace, self.background, self._limits.max_batch_tokens)
+            if self._pages.try_grow(turn.rows, turn.num_before + turn.num_taken):
+                return turn, min(sent_back, default=None)
+            sent_back.append(self._tenancy.send_back())
 
-    def _admit(self, num_tokens_left: int) -> tuple[Joined, ...]:
-        """Let in who can join now."""
-        newcomers = self._joining.admit(num_tokens_left)
-        if newcomers is None:
-            return ()
-        self.drafts.join(newcomers.rows, [candidate.waiting.request for candidate in newcomers.candidates])
-        for candidate in newcomers.candidates:
-            if not candidate.waiting.is_preempted:
-                self._events.scheduled[candidate.waiting.request.request_id] = candidate.num_cached
-        return newcomers.joined(self._limits.vocab_size)
+    def _admit(self, turn: Turn, before: int | None) -> bool:
+        """Let in who can join now, of lower rank than those that were sent back; False if nobody can."""
+        newcomers = self._joining.admit(turn, before)
+        self.drafts.join(newcomers, [self._rows.tenant(row) for row in newcomers.tolist()])
+        # Less urgent ones may compute less than they have got pages for.
+        behind = self._rows.behind(newcomers)
+        self._pages.shrink(behind, self._rows.num_computed[behind])
+        return len(newcomers) > 0
 
-    def _advance(self, turn: Turn, joined: tuple[Joined, ...]) -> DenseBatch:
+    def _advance(self, turn: Turn) -> DenseBatch:
         """The turn as a batch; its tokens count as computed and its samplers' next tokens as there."""
         self._iteration += 1
+        joined = self._tenancy.take_joined(turn.rows)
         batch = form_batch(turn, self._rows, self._pages, iteration=self._iteration, joined=joined)
         self._rows.num_computed[turn.rows] += turn.num_taken
         self._reuse.note_computed(turn.rows, self._rows.num_computed[turn.rows])
         self._rows.num_tokens[turn.rows] += np.bincount(batch.sampled, minlength=len(turn.rows))
         self.drafts.note_formed(batch)
+        self.background.note_formed(turn.num_background, batch.num_tokens)
         return batch
-
-    def _release(self, rows: list[int]) -> list[tuple[bytes, ...]]:
-        """Take rows and pages of requests at once (see the top of this file why that is safe).
-
-        Returns:
-            The keys of the full pages of each.
-        """
-        keys = [self._reuse.leave(row, self._rows) for row in rows]
-        if rows:
-            self._pages.release(np.array(rows, dtype=np.int64))
-            self._rows.leave(rows)
-        return keys

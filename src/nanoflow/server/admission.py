@@ -17,6 +17,8 @@ from nanoflow.server.counters import Counters
 from nanoflow.server.errors import ApiError
 
 RETRY_AFTER_S = 1
+# Calls of priority "batch" find room up to a part of it, one in so many.
+_BACKGROUND_PART = 2
 
 
 class Ledger:
@@ -59,30 +61,35 @@ class Admission:
     ledger: Ledger
 
     @contextlib.contextmanager
-    def room(self, num_completions: int, num_tokens: int = 0) -> Iterator[None]:
+    def room(self, num_completions: int, num_tokens: int = 0, *, is_background: bool = False) -> Iterator[None]:
         """Count a call, or more tokens of one, until the end of the block.
 
         Args:
             num_completions: Number of prompts times n.
             num_tokens: Tokens of the prompts, counted once for each completion.
+            is_background: The call has the priority "batch".
 
         Raises:
             ApiError: There is no room (429); the answer says when to try again.
         """
-        self.check(num_completions, num_tokens)
+        self.check(num_completions, num_tokens, is_background=is_background)
         self.ledger.add(num_completions, num_tokens)
         try:
             yield
         finally:
             self.ledger.add(-num_completions, -num_tokens)
 
-    def check(self, num_completions: int, num_tokens: int = 0) -> None:
-        """Refuse a call if there is no room for it (429), without counting it."""
+    def check(self, num_completions: int, num_tokens: int = 0, *, is_background: bool = False) -> None:
+        """Refuse a call if there is no room for it (429), without counting it.
+
+        Calls of priority "batch" find room only while less than half of it is taken: the rest is for others.
+        """
         completions, tokens = self.ledger.total()
+        part = _BACKGROUND_PART if is_background else 1
         most = self.facts.max_num_seqs + self.bounds.max_queued_requests
         for count, more, limit, what in (
-            (completions, num_completions, most, "completions"),
-            (tokens, num_tokens, self.bounds.max_queued_tokens, "tokens of prompts"),
+            (completions, num_completions, max(most // part, 1), "completions"),
+            (tokens, num_tokens, self.bounds.max_queued_tokens // part, "tokens of prompts"),
         ):
             if more and count + more > limit:
                 message = f"the server has {count} {what} and takes at most {limit}: no room for {more} more"

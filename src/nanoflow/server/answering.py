@@ -83,10 +83,9 @@ def _beside(app: Application, engine: LastingEngine, config: ServerConfig, gate:
     if app.state.batch_store is not None:
         worker = BatchWorker(
             app=app,
-            engine=engine,
             store=app.state.batch_store,
             gate=gate,
-            num_at_once=config.batch_requests_at_once or max(engine.facts.max_num_seqs // 2, 1),
+            num_at_once=config.batch_requests_at_once or engine.facts.max_num_seqs,
             max_lines=config.max_batch_lines,
         )
         yield worker.run()

@@ -1,8 +1,8 @@
 """Runs the batches of the server in the background, one after the other, the oldest first.
 
 One process does that, the main front end. The requests of a batch go through the application's own routes
-(`inside.py`), a bounded number at a time, and only while no request waits in the engine: so other calls go first. What
-was answered is in the batch's work file at once, so a batch goes on after the server was stopped or killed.
+(`inside.py`), a bounded number at a time and with the priority "batch": they get what other calls leave. What was
+answered is in the batch's work file at once, so a batch goes on after the server was stopped or killed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nanoflow.batch_files.answers import Answers, Identity, beside_of
 from nanoflow.batch_files.lines import answered
 from nanoflow.batch_files.requests import Counts, Requests, UnavailableError
 from nanoflow.batch_files.source import Line, Scan, read_lines, scan
+from nanoflow.priorities import BATCH
 from nanoflow.server.app import Application
-from nanoflow.server.backend import ServingEngine
 from nanoflow.server.batch_store import Batch, BatchStore, StoredFile
 from nanoflow.server.files import ANSWERS
 from nanoflow.server.gate import Gate
@@ -41,7 +41,6 @@ class BatchWorker:
 
     Attributes:
         app: Answers the requests.
-        engine: Says how much is waiting.
         store: The batches.
         gate: Closed while the engine is started again, and when the server stops.
         num_at_once: Most requests of batches that are under way.
@@ -49,7 +48,6 @@ class BatchWorker:
     """
 
     app: Application
-    engine: ServingEngine
     store: BatchStore
     gate: Gate
     num_at_once: int
@@ -85,15 +83,6 @@ class BatchWorker:
         batch.errors = [{"code": code, "message": message, "param": None, "line": None}]
         batch.enter("failed")
         await asyncio.to_thread(self.store.save, batch)
-
-    async def calm(self) -> None:
-        """Wait until nothing waits in the engine; UnavailableError if the gate is closed meanwhile."""
-        while True:
-            if self.gate.closed is not None:
-                raise UnavailableError(self.gate.closed.message)
-            if not self.engine.stats.num_waiting:
-                return
-            await asyncio.sleep(_POLL_S / 5)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -143,15 +132,15 @@ class _Running:
     async def _answer(self, source: Path, known: Scan) -> None:
         """Answer the requests that have no answer yet, unless the batch is cancelled."""
         worker, batch = self.worker, self.batch
+        owner = {"authorization": f"Batch {batch.owner}"}
         work = worker.store.work_of(batch.id)
         with await asyncio.to_thread(Answers.open, work, Identity.of(known, ""), known.num_numbers) as answers:
             requests = Requests(
-                call=InsideCalls(worker.app, {"authorization": f"Batch {batch.owner}"}).post,
+                call=InsideCalls(worker.app, owner, priority=BATCH).post,
                 sink=answers,
                 repeated=known.repeated,
                 num_at_once=min(worker.num_at_once, known.num_lines),
                 urls=(batch.endpoint,),
-                may_start=worker.calm,
                 counts=self.counts,
             )
             lines = _unanswered(source, answers)

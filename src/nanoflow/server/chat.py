@@ -38,7 +38,7 @@ def chat_router(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", responses=responses)
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
-        deadline_s = service.deadline_s()
+        deadline_s = service.deadline_s(request)
         turn = await begin_turn(service, body, request, deadline_s)
         chat = _Chat(service=service, body=body, call=turn.call, reading=turn.reading)
         if body.stream:

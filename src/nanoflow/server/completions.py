@@ -33,7 +33,7 @@ def completions_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         params, call_id = service.sampling(body), new_id("cmpl")
         trace = service.trace("text_completion", request, params, call_id)
-        prompts, deadline_s = body.prompts, service.deadline_s()
+        prompts, deadline_s = body.prompts, service.deadline_s(request)
         service.admission.check(len(prompts) * params.n)
         if body.changes_tokens:
             reading = service.prompt_token_ids(prompts, body, params.max_tokens)
@@ -45,6 +45,7 @@ def completions_router(service: Service) -> APIRouter:
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
             session_id=service.session_id(request, body.session_id),
+            priority=body.priority_in(request.scope),
             call_id=call_id,
             trace=trace,
             field_names=body.field_names,

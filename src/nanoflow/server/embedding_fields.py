@@ -7,13 +7,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from nanoflow.parameters import INT32_MAX
-from nanoflow.server.body import RequestBody, Text, WholeNumber
+from nanoflow.server.body import Text, WholeNumber
 from nanoflow.server.foreign import OF_TOKENS, ForeignFields
+from nanoflow.server.priority_fields import PriorityFields
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import PromptField, listed
 
 
-class EmbeddingRequest(PromptFields, RequestBody):
+class EmbeddingRequest(PromptFields, PriorityFields):
     """Body of POST /v1/embeddings."""
 
     foreign: ClassVar[ForeignFields] = OF_TOKENS

@@ -31,7 +31,7 @@ def embeddings_router(service: Service) -> APIRouter:
         service.check_model(body.model)
         params, call_id = embedding_params(body.pooling or "last"), new_id("embd")
         trace = service.trace("embeddings", request, params, call_id)
-        prompts, deadline_s = body.inputs, service.deadline_s()
+        prompts, deadline_s = body.inputs, service.deadline_s(request)
         service.admission.check(len(prompts))
         if body.changes_tokens:
             reading = service.prompt_token_ids(prompts, body, params.max_tokens)
@@ -42,6 +42,7 @@ def embeddings_router(service: Service) -> APIRouter:
             params=params,
             doors=service,
             cache_salt=service.cache_salt(request, body.cache_salt),
+            priority=body.priority_in(request.scope),
             call_id=call_id,
             trace=trace,
             field_names={"prompt": "input"},

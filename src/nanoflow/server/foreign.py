@@ -106,8 +106,8 @@ _LABELS: ForeignFields = {
     "safety_identifier": Foreign(None, "a label of the client's"),
     "metadata": Foreign(None, "labels of the client's"),
     "request_id": Foreign(None, "a label of the client's; the answer has an id of the server's"),
-    "service_tier": Foreign(None, "there is one tier"),
-    "priority": Foreign((0,), "order of requests"),
+    "service_tier": Foreign(None, "who goes first, where completions are asked for"),
+    "priority": Foreign(None, "who goes first, where completions are asked for"),
     "prompt_cache_key": Foreign(None, "caches of prompts do not change an answer"),
     "prompt_cache_retention": Foreign(None, "caches of prompts do not change an answer"),
 }

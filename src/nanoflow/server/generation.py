@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
 
 from nanoflow.engine.prompts import Prompt as ReadPrompt
+from nanoflow.engine.prompts import with_names
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
+from nanoflow.priorities import Priority, is_background
 from nanoflow.request import SamplingParams
 from nanoflow.server.admission import Admission
-from nanoflow.server.backend import AnyPrompt, EnginePrompt, ServingEngine
+from nanoflow.server.backend import AnyPrompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.responses import Usage
 from nanoflow.server.tracing import RequestTrace
@@ -51,6 +53,7 @@ class Call:
         cache_salt: Cached pages are shared only with calls that have the same one, or none.
         session_id: Name of the conversation that the call is a turn of, with that of its key; None if it has none.
         trace: Is told of the outputs; None if requests are not traced.
+        priority: Who goes first (`priorities.py`).
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
         created: Seconds since 1970.
@@ -63,6 +66,7 @@ class Call:
     cache_salt: str | None = None
     session_id: str | None = None
     trace: RequestTrace | None = None
+    priority: Priority = 0
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -85,10 +89,11 @@ class Call:
         with contextlib.ExitStack() as rooms:
             see = None if self.trace is None else rooms.enter_context(self.trace.followed())
             if self.doors is not None:
-                rooms.enter_context(self.doors.admission.room(len(prompts) * n))
+                room, is_batch = self.doors.admission.room, is_background(self.priority)
+                rooms.enter_context(room(len(prompts) * n, is_background=is_batch))
                 prompts = await self.doors.read_prompts(self.prompts)
                 num_tokens = sum(len(_token_ids(prompt)) for prompt in prompts)
-                rooms.enter_context(self.doors.admission.room(0, num_tokens * n))
+                rooms.enter_context(room(0, num_tokens * n, is_background=is_batch))
             news = self._of_one(prompts[0], 0, streams) if len(prompts) == 1 else self._of_all(prompts, streams)
             async with aclosing(news):
                 async for index, output in news:
@@ -107,9 +112,14 @@ class Call:
     async def _of_one(self, prompt: AnyPrompt, index: int, streams: bool) -> AsyncGenerator[News, None]:
         with user_errors(fields=self.field_names):
             name = f"{self.call_id}-{index}"
-            outputs = self.engine.generate(
-                _named(prompt, self.cache_salt, self.session_id), self.params, request_id=name, streams=streams
-            )
+            # A prompt without names stays as it is.
+            names = {
+                "cache_salt": self.cache_salt,
+                "session_id": self.session_id,
+                "priority": self.priority or None,
+            }
+            whole: Any = with_names(prompt, **names)
+            outputs = self.engine.generate(whole, self.params, request_id=name, streams=streams)
             async with aclosing(outputs):
                 async for output in outputs:
                     if output.error is not None:
@@ -236,16 +246,6 @@ class Cursor:
 def _token_ids(prompt: AnyPrompt) -> Sequence[Any]:
     """Tokens of a prompt; of one that is text still, its characters stand for them."""
     return prompt.token_ids if isinstance(prompt, ReadPrompt) else prompt
-
-
-def _named(prompt: AnyPrompt, salt: str | None, session_id: str | None) -> EnginePrompt:
-    """The prompt with a salt for the cache and the name of its session, as far as there are any."""
-    if salt is None and session_id is None:
-        return prompt
-    if isinstance(prompt, ReadPrompt):
-        return dataclasses.replace(prompt, cache_salt=salt, session_id=session_id)
-    form = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
-    return {form: prompt, "cache_salt": salt, "session_id": session_id}
 
 
 def new_id(kind: str) -> str:

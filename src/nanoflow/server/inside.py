@@ -12,8 +12,10 @@ import msgspec
 from starlette.types import Message
 
 from nanoflow.batch_files.lines import Answer
+from nanoflow.priorities import Priority
 from nanoflow.server.app import Application
 from nanoflow.server.door import REQUEST_ID, request_id_of
+from nanoflow.server.priority_fields import DEFAULT_PRIORITY
 
 _HOST = b"localhost"
 
@@ -24,10 +26,11 @@ class InsideCalls:
     Args:
         app: The application.
         headers: Headers of every call, such as those of who has sent a batch.
+        priority: Of calls whose body names none.
     """
 
-    def __init__(self, app: Application, headers: Mapping[str, str] | None = None) -> None:
-        self._app = app
+    def __init__(self, app: Application, headers: Mapping[str, str] | None = None, *, priority: Priority = 0) -> None:
+        self._app, self._priority = app, priority
         self._headers = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
 
     async def post(self, path: str, body: bytes) -> Answer:
@@ -59,6 +62,7 @@ class InsideCalls:
             "app": self._app,
             "client": None,
             "server": None,
+            DEFAULT_PRIORITY: self._priority,
         }
         reply = _Reply(body)
         try:

@@ -38,7 +38,7 @@ OF_MESSAGE_REQUESTS: ForeignFields = {
     "inference_geo": Foreign((), "places of servers"),
     "mcp_servers": Foreign(([],), "tools that the server calls"),
     "metadata": Foreign(None, "labels of the client's"),
-    "service_tier": Foreign(None, "there is one tier"),
+    "service_tier": Foreign(None, "none of Anthropic's tiers changes something"),
     "speed": Foreign(("standard",), "answers that come sooner"),
     "betas": Foreign(None, "what is not there is refused by name"),
     "user_profile_id": Foreign(None, "a label of the client's"),

@@ -45,7 +45,7 @@ def messages_router(service: Service) -> APIRouter:
     @router.post(PATH, responses=made)
     async def create_message(body: MessageRequest, request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
-        deadline_s = service.deadline_s()
+        deadline_s = service.deadline_s(request)
         with by_names(NAMES):
             chat = await beside(_chat, service, body)
             turn = await begin_turn(service, chat, request, deadline_s)
@@ -61,7 +61,7 @@ def messages_router(service: Service) -> APIRouter:
         with by_names(NAMES):
             chat = await beside(_chat, service, body)
             encode = service.encode_chat(chat.messages, chat, add_special_tokens=None)
-            tokens = await while_connected(request.receive, encode, service.deadline_s())
+            tokens = await while_connected(request.receive, encode, service.deadline_s(request))
         answer: TokenCount = {"input_tokens": len(tokens)}
         return json_response(answer)
 

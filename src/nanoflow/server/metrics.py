@@ -16,11 +16,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from nanoflow.engine.book_facts import BookFacts
 from nanoflow.engine.limits import EngineLimits
-from nanoflow.engine.messages import BookFacts, EngineStats, PrefetchCounts
+from nanoflow.engine.messages import EngineStats, PrefetchCounts
 from nanoflow.engine.observer import FinishedRequest
 from nanoflow.outputs import FinishReason
 from nanoflow.server.backend import ServingEngine
+from nanoflow.server.class_metrics import class_families
 from nanoflow.server.counters import Counter, Counters, Floats, Histogram
 from nanoflow.server.tier_metrics import tier_families
 
@@ -185,6 +187,7 @@ class ServerMetrics(Collector):
         self._count("engine_iterations", "Iterations", lambda: engine.stats.iteration)
         self._count("engine_iteration_seconds", "Seconds that they took together", lambda: engine.stats.iterations_s)
         self._count("prefix_cache_hits", "Those whose pages were found", lambda: engine.stats.prefix_cache_hits)
+        self._families += class_families(lambda: engine.stats.classes, name=self._name, labels=self._labels)
         self._families += tier_families(lambda: engine.stats.tiers, name=self._name, labels=self._labels)
         self._add_drafts(engine)
 

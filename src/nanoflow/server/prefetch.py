@@ -27,7 +27,7 @@ def prefetch_router(service: Service, metrics: ServerMetrics) -> APIRouter:
     async def prefetch(body: PrefetchRequest, request: Request) -> Response:
         """Say how much is cached of a prompt, a conversation or a session, and keep it for a request that will come."""
         service.check_model(body.model)
-        found = await while_connected(request.receive, _found(service, body, request), service.deadline_s())
+        found = await while_connected(request.receive, _found(service, body, request), service.deadline_s(request))
         metrics.observe_prefetch(found)
         answer: PrefetchResponse = {
             "object": "prefetch",

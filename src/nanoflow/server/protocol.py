@@ -33,6 +33,7 @@ from nanoflow.server.foreign import (
     ForeignFields,
 )
 from nanoflow.server.parameter import Parameter
+from nanoflow.server.priority_fields import PriorityFields
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.reasoning_fields import ReasoningFields
 from nanoflow.structured import SPELLINGS, Structured
@@ -79,7 +80,7 @@ class StreamOptions(RequestBody):
     continuous_usage_stats: bool | None = Field(None, description="With include_usage, send them in every chunk too")
 
 
-class SamplingFields(PromptFields, RequestBody):
+class SamplingFields(PriorityFields, PromptFields, RequestBody):
     """What completions and chat completions have in common."""
 
     foreign: ClassVar[ForeignFields] = OF_GENERATION

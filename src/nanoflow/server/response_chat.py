@@ -46,6 +46,13 @@ def input_items(body: ResponseRequest) -> list[Item]:
     return [_kept(item.model_dump(exclude_none=True), item) for item in body.input]
 
 
+# Fields that chat completions have too, with the same meaning.
+_SAME = (
+    *("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop"),
+    *("chat_template_kwargs", "cache_salt", "session_id", "priority", "service_tier"),
+)
+
+
 def chat_fields(body: ResponseRequest, items: Iterable[Item]) -> dict[str, Any]:
     """The fields of the chat completion.
 
@@ -56,9 +63,8 @@ def chat_fields(body: ResponseRequest, items: Iterable[Item]) -> dict[str, Any]:
     text_format = None if body.text is None else body.text.format
     choice = body.tool_choice
     named = {"type": "function", "function": {"name": choice.name}} if isinstance(choice, NamedFunction) else choice
-    same = ("model", "parallel_tool_calls", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
     return {
-        **{name: getattr(body, name) for name in (*same, "chat_template_kwargs", "cache_salt", "session_id")},
+        **{name: getattr(body, name) for name in _SAME},
         "messages": messages_of(body.instructions, items),
         "max_tokens": body.max_output_tokens,
         "tools": [_chat_tool(tool.model_dump(exclude_none=True)) for tool in body.tools or ()] or None,

@@ -14,6 +14,7 @@ from nanoflow.parameters import RequestError, shown
 from nanoflow.server.body import RequestBody, Text
 from nanoflow.server.foreign import OF_STREAMS, Foreign, ForeignFields
 from nanoflow.server.parameter import Parameter
+from nanoflow.server.priority_fields import PriorityFields
 from nanoflow.server.protocol import SessionId
 
 MAX_LABELS, MAX_LABEL_CHARS, MAX_LABEL_TEXT_CHARS = 16, 64, 512
@@ -50,14 +51,12 @@ OF_RESPONSES: ForeignFields = {
     "access_programs": Foreign((), "programs of OpenAI's"),
     "truncation": Foreign(("disabled",), "conversations that are shortened"),
     "top_logprobs": Foreign((0,), "log probabilities; chat completions have them"),
-    "service_tier": Foreign(None, "there is one tier"),
     "prompt_cache_key": Foreign(None, "caches of prompts do not change an answer"),
     "prompt_cache_options": Foreign(None, "caches of prompts do not change an answer"),
     "prompt_cache_retention": Foreign(None, "caches of prompts do not change an answer"),
     "safety_identifier": Foreign(None, "a label of the client's"),
     "client_metadata": Foreign(None, "labels of the client's"),
     "request_id": Foreign(None, "a label of the client's; the answer has an id of the server's"),
-    "priority": Foreign((0,), "order of requests"),
 }
 """Fields of bodies of /v1/responses."""
 
@@ -221,7 +220,7 @@ class ResponseStreamOptions(RequestBody):
     foreign: ClassVar[ForeignFields] = OF_STREAMS
 
 
-class ResponseRequest(RequestBody):
+class ResponseRequest(PriorityFields):
     """Body of POST /v1/responses."""
 
     foreign: ClassVar[ForeignFields] = OF_RESPONSES

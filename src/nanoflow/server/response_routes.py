@@ -41,7 +41,7 @@ def responses_router(service: Service, store: ResponseStore | None) -> APIRouter
     @router.post("/v1/responses", responses=made)
     async def create_response(body: ResponseRequest, request: Request) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
-        deadline_s = service.deadline_s()
+        deadline_s = service.deadline_s(request)
         making = await _begun(service, store, body, request, deadline_s)
         if body.stream:
             ending = Ending(failed=making.failed)

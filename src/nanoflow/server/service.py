@@ -19,6 +19,7 @@ from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.engine.template_renderer import MAX_PROCESSES
 from nanoflow.engine.tokenizer import Tokenizer
 from nanoflow.outputs import RequestOutput
+from nanoflow.priorities import BATCH
 from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.admission import Admission, Ledger
 from nanoflow.server.backend import AnyPrompt, Prompt, ServingEngine, ServingTokenizer
@@ -28,6 +29,7 @@ from nanoflow.server.echo import Echo, TextOffsets, detokenizer_of, echo_prompt
 from nanoflow.server.errors import ApiError, user_errors
 from nanoflow.server.keys import salt_of
 from nanoflow.server.logprobs import TokenIdTexts, TokenTexts
+from nanoflow.server.priority_fields import DEFAULT_PRIORITY
 from nanoflow.server.prompt_fields import PromptFields
 from nanoflow.server.protocol import MAX_SESSION_ID_CHARS, ChatCompletionRequest, CompletionRequest
 from nanoflow.server.tracing import Operation, RequestTrace, Tracing
@@ -158,8 +160,13 @@ class Service:
         tokenizer = self.tokenizer if self.has_tokenizer else None
         return tokenizer.longest_token_chars if isinstance(tokenizer, Tokenizer) else None
 
-    def deadline_s(self) -> float | None:
-        """When a call that begins now must have ended, on the event loop's clock; None if there is no limit."""
+    def deadline_s(self, request: Request) -> float | None:
+        """When a call that begins now must have ended, on the event loop's clock; None if there is no limit.
+
+        Calls of the server's own batches have none: they wait as long as others leave nothing to them.
+        """
+        if request.scope.get(DEFAULT_PRIORITY) == BATCH:
+            return None
         timeout_s = self.config.request_timeout_s
         return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 

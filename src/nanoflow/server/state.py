@@ -14,7 +14,7 @@ from fastapi import APIRouter, Response
 from typing_extensions import TypedDict
 
 import nanoflow
-from nanoflow.engine.messages import BookFacts
+from nanoflow.engine.book_facts import BookFacts
 from nanoflow.plan.plan import Lane, NanoOperation, PipelinePlan
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, json_response
 from nanoflow.server.metrics import ServerMetrics

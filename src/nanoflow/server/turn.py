@@ -111,6 +111,7 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
         doors=service,
         cache_salt=service.cache_salt(request, body.cache_salt),
         session_id=service.session_id(request, body.session_id),
+        priority=body.priority_in(request.scope),
         call_id=call_id,
         trace=trace,
         field_names=body.field_names,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from nanoflow.kvcache.keys import page_keys, root_key
+from nanoflow.priorities import Priority
 from nanoflow.request import Request, SamplingParams
 from nanoflow.workload import Lengths
 
@@ -31,6 +32,7 @@ class Asked:
         num_computed: Tokens of its prompt that count as computed.
         root: Requests with the same root and tokens share pages (`kvcache/keys.py`); empty if it shares none.
         thread: Requests of one thread go to one replica; None if it may go to any.
+        priority: As of `Request`.
     """
 
     request_id: int
@@ -40,6 +42,7 @@ class Asked:
     num_computed: int = 0
     root: bytes = b""
     thread: int | None = None
+    priority: Priority = 0
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +70,7 @@ class Asked:
             eos_token_ids=() if is_exact else (END,),
             arrival_s=self.arrival_s,
             page_keys=b"".join(keys),
+            priority=self.priority,
         )
 
 

@@ -98,7 +98,13 @@ class SimulatedEngine:
     ) -> None:
         self.now_s = 0.0
         self.copies = SimulatedCopies(below, limits.max_num_seqs, lambda: self.now_s)
-        self.scheduler = Scheduler(limits=limits, pace=pace, make_tiers=self.copies.make_tiers, policies=policies)
+        self.scheduler = Scheduler(
+            limits=limits,
+            pace=pace,
+            make_tiers=self.copies.make_tiers,
+            policies=policies,
+            clock=lambda: self.now_s,
+        )
         self._iterations, self._times, self._limits, self._max_tokens = iterations, times, limits, max_tokens
         self._page_bytes = below.page_bytes
         # Batches on the device, what they sample, how long they take and when they end.

@@ -153,7 +153,7 @@ class Simulated:
 
     Attributes:
         run: The run.
-        records: Of each request, by its id.
+        records: Of each request that has come, in the order of their ids.
         num_cached: Tokens of each prompt that were in the KV cache, by id.
         duration_s: From the first arrival to the last token.
     """
@@ -203,7 +203,7 @@ def simulate_arrivals(cluster: Cluster, arrivals: Arrivals) -> Simulated:
         if engines[place].is_busy:
             heapq.heappush(busy, (engines[place].now_s, place))
         cluster.on_progress(num_finished)
-    return _result(cluster, engines, times, [asked_of[request_id] for request_id in range(num_requests)])
+    return _result(cluster, engines, times, dict(sorted(asked_of.items())))
 
 
 def _engine(cluster: Cluster, times: Times) -> SimulatedEngine:
@@ -219,7 +219,7 @@ def _engine(cluster: Cluster, times: Times) -> SimulatedEngine:
 
 
 def _result(
-    cluster: Cluster, engines: Sequence[SimulatedEngine], times: Times, asked: Sequence[RequestRecord]
+    cluster: Cluster, engines: Sequence[SimulatedEngine], times: Times, asked: Mapping[int, RequestRecord]
 ) -> Simulated:
     gaps_s = times.gaps_s()
     records = [
@@ -230,9 +230,9 @@ def _result(
             finished_s=float(times.finished_s[request_id]),
             gaps_s=gaps_s[request_id],
         )
-        for request_id, record in enumerate(asked)
+        for request_id, record in asked.items()
     ]
-    duration_s = max(engine.now_s for engine in engines) - min(record.arrival_s for record in asked)
+    duration_s = max(engine.now_s for engine in engines) - min(record.arrival_s for record in asked.values())
     energies_j = [engine.energy_j for engine in engines if engine.energy_j is not None]
     energy_j = None
     if len(energies_j) == len(engines):
