@@ -209,6 +209,8 @@ SHOWN: dict[str, str] = {
     '{"id": "batch_req_1", "custom_id": "a", "response": {"status_code": 200, "request_id": "req-5c...",': (
         "test_batch_command.py"
     ),
+    "# A response, and one that goes on from it.": "run against the server",
+    'curl http://127.0.0.1:8000/v1/embeddings -H "Content-Type: application/json" \\': "test_server.py asks the same",
     "from anthropic import Anthropic": "tools/client_checks/ask_anthropic.py asks the same",
     "export ANTHROPIC_BASE_URL=http://127.0.0.1:8000": "settings of another program",
     'model = "MODEL"': "settings of another program",

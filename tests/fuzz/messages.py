@@ -27,6 +27,8 @@ _PATHS = (
     *("/tokenizer_info", "/v1", "/v1/", "/nowhere", "//", "/../../etc/passwd", "/%2e%2e/", "/v1/completions/"),
     *("/v1/embeddings", "/v1/responses/x", "*", "http://evil.example/", "/\xff", "/a b", "/" + "a" * 9000, "/?%00=%zz"),
 )
+# How often a route is asked, beside 1 of the others.
+_ODDS = {"/v1/completions": 5, "/v1/chat/completions": 4, "/v1/responses": 3, "/v1/messages": 3}
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "CONNECT", "get", "PRI", "X" * 100, "")
 _VERSIONS = ("HTTP/1.1", "HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/9.9", "http/1.1", "", "HTTP/1.1 x")
 
@@ -69,7 +71,7 @@ _JSON = b"content-type: application/json"
 
 
 def _route(rng: random.Random) -> str:
-    return rng.choices(ROUTES, (5, 4, 1, 1, 1, 3, 3, 1))[0]
+    return rng.choices(ROUTES, [_ODDS.get(route, 1) for route in ROUTES])[0]
 
 
 def _body(rng: random.Random) -> tuple[How, bytes]:

@@ -212,7 +212,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             assert not list((tmp_path / "files").iterdir())
             many = await _upload(client, [completion(str(number)) for number in range(51)])
             with pytest.raises(openai.BadRequestError, match="endpoint must be"):
-                await client.batches.create(input_file_id=many.id, endpoint="/v1/embeddings", completion_window="24h")
+                await client.batches.create(input_file_id=many.id, endpoint="/v1/models", completion_window="24h")
             failed = await client.batches.create(
                 input_file_id=many.id, endpoint="/v1/completions", completion_window="24h"
             )

@@ -174,7 +174,7 @@ def test_a_client_that_leaves_is_forgotten(path: str, is_stream: bool) -> None:
     body: dict[str, Any] = {"max_tokens": 200, "n": 2, "stream": is_stream}
     body |= {"prompt": ["a", "b", "c"]} if path == "/v1/completions" else {"messages": CHAT}
     num_calls = 3 if path == "/v1/completions" else 1
-    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=0.3) as http:
+    with served(engine) as root_url, httpx.Client(base_url=root_url, timeout=5 if is_stream else 0.3) as http:
         if is_stream:
             with http.stream("POST", path, json=body) as answer:
                 lines = answer.iter_lines()  # kept: a discarded iterator closes the connection

@@ -24,7 +24,7 @@ PROMPT = [5, 6, 7, 8]
 GOOD = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
 # What HTTP has under another meaning, or not at all.
 # Of a prompt's tokens the server decides itself, with a side to cut off.
-ONLY_PYTHON = {"detokenize", "output_kind", "truncate_prompt_tokens"}
+ONLY_PYTHON = {"detokenize", "output_kind", "pooling", "truncate_prompt_tokens"}
 
 
 class Doors:

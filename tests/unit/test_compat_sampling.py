@@ -71,7 +71,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True}, "use_beam_search=True is not possible: there is no beam search"),
     ({"length_penalty": 0.5}, "length_penalty=0.5 is not possible"),
     ({"guided_decoding": ["a"]}, "structured_outputs must be an object with one of json, regex, "),
-    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs: 'structural_tag' is not supported"),
+    ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag.triggers must be a list"),
     ({"logits_processors": [print]}, "there is logit_bias"),
     ({"extra_args": {"a": 1}}, "extra_args="),
     ({"flat_logprobs": True}, "flat_logprobs=True"),

@@ -17,7 +17,7 @@ from nanoflow.request import KINDS, MAX_BAD_WORDS, RequestError, SamplingParams
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "thinking_token_budget")
 FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
-OTHERS = ("output_kind", "truncate_prompt_tokens", "structured_outputs")
+OTHERS = ("output_kind", "pooling", "truncate_prompt_tokens", "structured_outputs")
 LISTS = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logit_bias")
 
 

@@ -31,6 +31,7 @@ _OURS = (
     Same(name="logit_bias"),
     Same(name="allowed_token_ids"),
     Same(name="truncate_prompt_tokens", note="the last tokens are kept"),
+    Same(name="pooling", note="not a parameter of vLLM's: `LLM.embed` sets it"),
     Same(name="structured_outputs", note="`json`, `regex`, `choice`, `grammar` (Lark or GBNF) and `json_object`"),
     Same(name="thinking_token_budget", note="counted from the end of the opening tag, which may be in the prompt"),
     Alias(name="thinking_budget", to="thinking_token_budget", note="as Qwen's API calls it"),
