@@ -19,6 +19,7 @@ from nanoflow.engine.llm import LLM
 from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.scheduler.load_gain import LoadGain
+from tests.all_cases import part
 from tests.driving import Prompt, expect_less
 from tests.families import make_model
 from tests.server_process import ServerProcess, running_server, start_server
@@ -90,19 +91,19 @@ def talk(llm: LLM, params: SamplingParams, *, num_talks: int = 7, num_rounds: in
     return rounds
 
 
-@pytest.mark.parametrize(
-    ("options", "params"),
-    [
-        ({}, sampled(20, logprobs=0)),
-        ({"async_scheduling": False}, sampled(20, n=2)),
-        ({"speculative": "ngram:3:3:1"}, sampled(20)),
-        ({}, sampled(12, prompt_logprobs=1, n=2)),
-    ],
-    ids=["async", "sync, n=2", "drafts", "scored"],
-)
+TALKS: dict[str, tuple[dict[str, Any], SamplingParams]] = {
+    "async": ({}, sampled(20, logprobs=0)),
+    "sync, n=2": ({"async_scheduling": False}, sampled(20, n=2)),
+    "drafts": ({"speculative": "ngram:3:3:1"}, sampled(20)),
+    "scored": ({}, sampled(12, prompt_logprobs=1, n=2)),
+}
+
+
+@pytest.mark.parametrize("name", part(["drafts", "scored"], of=TALKS))
 def test_conversations_in_a_small_cache_get_the_same_tokens(
-    always_worth_it: None, model: Path, tmp_path: Path, options: dict[str, Any], params: SamplingParams
+    always_worth_it: None, model: Path, tmp_path: Path, name: str
 ) -> None:
+    options, params = TALKS[name]
     with closing(open_llm(model, **options)) as llm:
         expected = talk(llm, params)
     for tiers in ({"kv_host_gib": 0.02}, {"kv_host_gib": 0.0005, "kv_dir": str(tmp_path)}):

@@ -21,6 +21,7 @@ from zmq.constants import DEALER, RCVTIMEO
 from zmq.sugar.context import Context
 
 from nanoflow.kvcache.keys import page_keys, root_key
+from tests.all_cases import part
 from tests.server_process import ServerProcess, running_server, start_server
 
 
@@ -193,7 +194,7 @@ def test_health_tells_of_the_engine(http: httpx.Client) -> None:
 # Ends
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", part([signal.SIGTERM], of=[signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_ends_streams_and_the_server(number: signal.Signals) -> None:
     with running_server() as server, httpx.Client(base_url=server.root_url, timeout=30) as http:
         body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True, "stream": True}
