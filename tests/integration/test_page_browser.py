@@ -106,7 +106,7 @@ def test_the_embedded_model_answers_once_a_key_is_given(browser: Browser) -> Non
             "window.fastest = 0; new MutationObserver(() => { window.fastest = Math.max(window.fastest,"
             "parseFloat(document.querySelector('#numbers dd').innerText) || 0) }).observe($('numbers'), {childList: 1})"
         )
-        tab.run("document.querySelector('[name=max_tokens]').value = 24; $('prompt').focus()")
+        tab.run("document.querySelector('[name=max_tokens]').value = 120; $('prompt').focus()")
         tab.type("def add(a, b):")
         tab.press("Enter")
         tab.wait("/tokens · [1-9]/.test(document.querySelector('.foot')?.innerText)")

@@ -441,7 +441,7 @@ def test_serve_limits_concurrency(server_url: str) -> None:
     run = clients.run_serve(load, BenchConfig(workload="1/2", num_requests=6, num_warmup=0)).repeats[0]
     assert CompletionServer.most_in_flight == 2
     # A request arrives when it can be sent, so that waiting for a free client does not count.
-    assert run.ttft_s is not None and run.ttft_s.p90 < run.duration_s / 2
+    assert run.ttft_s is not None and run.ttft_s.p50 < run.duration_s / 2
 
 
 def test_serve_counts_every_kind_of_failure(server_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
