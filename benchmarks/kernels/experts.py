@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,25 +222,40 @@ def measured(
         run = work.kernel
         if tiles is not None and work.with_tiles is not None:
             run = functools.partial(work.with_tiles, tiles=tiles, num_programs=num_programs)
-        try:
-            # Of experts that are as probable as each other the router may choose others.
-            if blank.operation != "router":
-                most = MAX_ERROR if work.form is Form.PLAIN else MAX_FP8_ERROR
-                check(results_of(run, work.launch), expected, most)
-            time_s = replayed(functools.partial(run, work.launch))
-            point = replace(
-                point,
-                time_us=time_s * 1e6,
-                tflop_per_s=work.flops / time_s / 1e12,
-                gb_per_s=work.num_bytes / time_s / 1e9,
-                of_roof=roof.least_s(work.flops, work.num_bytes, work.form) / time_s,
-            )
-        # Any error of a compiler or a driver is shown in the row.
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            point = replace(point, error=f"{type(error).__name__}: {reason[0]}")
+        # Of experts that are as probable as each other the router may choose others.
+        wanted = None if blank.operation == "router" else expected
+        most = MAX_ERROR if work.form is Form.PLAIN else MAX_FP8_ERROR
+        least_s = roof.least_s(work.flops, work.num_bytes, work.form)
+        rates = rates_of(run, work.launch, wanted, most, work.flops, work.num_bytes, least_s)
+        point = replace(point, **rates)
         print_row(point)
         yield point
+
+
+def rates_of(
+    run: Kernel,
+    launch: Launch,
+    expected: Sequence[Tensor] | None,
+    max_error: float,
+    flops: float,
+    num_bytes: float,
+    least_s: float,
+) -> dict[str, Any]:
+    """Fields of a point: what a kernel reaches, if its results are near those expected (None: any); else `error`."""
+    try:
+        if expected is not None:
+            check(results_of(run, launch), expected, max_error)
+        time_s = replayed(functools.partial(run, launch))
+    # Any error of a compiler or a driver is shown in the row.
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        return {"error": f"{type(error).__name__}: {reason[0]}"}
+    return {
+        "time_us": time_s * 1e6,
+        "tflop_per_s": flops / time_s / 1e12,
+        "gb_per_s": num_bytes / time_s / 1e9,
+        "of_roof": least_s / time_s,
+    }
 
 
 def results_of(kernel: Kernel, launch: Launch) -> list[Tensor]:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from benchmarks.common.document import write_document
 from benchmarks.kernels.expert_works import Model, launch_of
-from benchmarks.kernels.experts import Roof, measure_roof, replayed, results_of
-from benchmarks.kernels.gemm import check
+from benchmarks.kernels.experts import Roof, measure_roof, rates_of, results_of
+from benchmarks.kernels.gemm import MAX_ERROR
 from nanoflow.cli.options import CommandParser
 from nanoflow.graph.experts import ClampedSwiglu, ExpertDims, OrderDims
 from nanoflow.graph.layers import PackedMxfp4
@@ -207,20 +207,8 @@ def measured(
         run: Kernel = _KERNELS[kind]
         if tiles is not None:
             run = functools.partial(_RUN[kind], tiles=tiles, num_programs=num_sms * tiles.programs_per_sm)
-        try:
-            check(results_of(run, launch), expected)
-            time_s = replayed(functools.partial(run, launch))
-            point = replace(
-                point,
-                time_us=time_s * 1e6,
-                tflop_per_s=flops / time_s / 1e12,
-                gb_per_s=num_bytes / time_s / 1e9,
-                of_roof=roof.least_s(flops, num_bytes) / time_s,
-            )
-        # Any error of a compiler or a driver is shown in the row.
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [""]
-            point = replace(point, error=f"{type(error).__name__}: {reason[0]}")
+        least_s = roof.least_s(flops, num_bytes)
+        point = replace(point, **rates_of(run, launch, expected, MAX_ERROR, flops, num_bytes, least_s))
         print_row(point)
         yield point
 

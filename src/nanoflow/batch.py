@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanoflow.graph.operation import BatchShape
-from nanoflow.request import Pooling, SamplingParams
+from nanoflow.request import SamplingParams
 from nanoflow.thinking import ThinkingLimit
 
 Int32 = NDArray[np.int32]
@@ -71,14 +71,13 @@ class PromptScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPooling:
-    """Hidden states of tokens start..stop-1 of the batch are a part of a prompt whose vector is asked for.
+    """Hidden states of tokens start..stop-1 of the batch, at least one, are a part of a prompt's mean.
 
     Attributes:
         request_index: Index of the request in the batch.
         start, stop: Token range in the batch.
-        is_first, is_last: Whether the prompt begins with this range, and ends with it.
-        kind: How they become one vector.
-        num_pooled: Tokens of the prompt that the vector is the mean of.
+        is_first, is_last: Whether the mean begins with this range, and ends with it.
+        num_pooled: Tokens of the prompt that it is the mean of.
     """
 
     request_index: int
@@ -86,7 +85,6 @@ class PromptPooling:
     stop: int
     is_first: bool
     is_last: bool
-    kind: Pooling
     num_pooled: int
 
 
@@ -156,7 +154,7 @@ class DenseBatch:
             which are only guessed (`scheduler/drafts.py`). Without drafts no request stands here twice.
         joined: Requests that are new to their row.
         prompt_scores: Prompt log probabilities asked for.
-        poolings: Parts of prompts whose vector is asked for.
+        poolings: Parts of prompts whose vector is asked for, as far as they count for it.
         num_drafted_requests: Requests with a draft (guessed tokens); each of them is named several times in `sampled`.
         num_draft_tokens: Guessed tokens of all these requests together.
     """

@@ -320,6 +320,12 @@ class Request:
         return is_background(self.priority)
 
     @property
+    def pooled_from(self) -> int:
+        """The first token of the prompt whose hidden state counts for its vector; its length if none is asked for."""
+        size = len(self.prompt_token_ids)
+        return {None: size, Pooling.LAST: size - 1, Pooling.MEAN: 0}[self.params.pooling]
+
+    @property
     def computes_whole_prompt(self) -> bool:
         """Whether every token of the prompt must be computed, so that cached pages do not help."""
         return self.params.prompt_logprobs is not None or self.params.pooling is Pooling.MEAN

@@ -10,7 +10,7 @@ import torch
 import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 
 # isort: split
-from benchmarks.kernels import mxfp4_experts
+from benchmarks.kernels import experts
 from benchmarks.kernels.expert_works import Model
 from benchmarks.kernels.experts import Roof
 from benchmarks.kernels.mxfp4_experts import Point, candidates_for, launches_of, measured, weights_of
@@ -24,7 +24,7 @@ SMALL = replace(WHOLE_CARD[0], block_n=32, block_k=64)
 
 def test_every_product_runs_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product takes 1 ms here, and its roof is 1 TFLOP/s and 1 GB/s."""
-    monkeypatch.setattr(mxfp4_experts, "replayed", lambda work: (work(), 1e-3)[1])
+    monkeypatch.setattr(experts, "replayed", lambda work: (work(), 1e-3)[1])
     torch.manual_seed(0)
     launches = launches_of(TINY, 3, weights_of(TINY, torch.device("cpu")))
     assert len(launches) == 4

@@ -1,19 +1,20 @@
-"""Vectors of prompts: the hidden state of the last token, or the mean of those of all tokens.
+"""Vectors of prompts: means of hidden states, of one token of a prompt or of all.
 
 A prompt may be computed in several parts, in batches that follow each other; the sums in between stay on the device.
-The hidden states are those behind the model's last norm, which `PipelinedExecutor.hidden` gives.
+The hidden states are those behind the model's last norm, which `PipelinedExecutor.hidden` gives. Which tokens count is
+in the batch (`PromptPooling`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from nanoflow.batch import DenseBatch, Int32
+from nanoflow.batch import DenseBatch, Int32, Int64
+from nanoflow.device.transfer import to_device
 from nanoflow.executor.layout import Layout
-from nanoflow.request import Pooling
 
 Hidden = Callable[[Int32], Tensor]
 """Hidden states [N, H], in the model's type, of the tokens at these places of the batch just run (int32 [N])."""
@@ -32,22 +33,34 @@ class Pooler:
         self._sums: dict[int, Tensor] = {}
 
     def take(self, batch: DenseBatch, layout: Layout, hidden: Hidden) -> list[Tensor]:
-        """Add what a batch has computed.
+        """Add what a batch has computed, for all its prompts at once.
 
         Returns:
             float32 [H] for each of `batch.poolings` that is the last of its prompt, on the device.
         """
+        if not batch.poolings:
+            return []
         vectors = []
-        for pooling in batch.poolings:
-            row, places = int(batch.rows[pooling.request_index]), layout.places[pooling.start : pooling.stop]
-            # The last token alone stands for the mean of itself.
-            counted = places if pooling.kind is Pooling.MEAN else places[len(places) - pooling.is_last :]
-            before = None if pooling.is_first else self._sums.pop(row, None)
-            parts = [] if before is None else [before]
-            for first in range(0, len(counted), self._max_rows):
-                parts.append(hidden(counted[first : first + self._max_rows]).float().sum(0))
+        for pooling, part in zip(batch.poolings, self._parts(batch, layout, hidden), strict=True):
+            row = int(batch.rows[pooling.request_index])
+            before = self._sums.pop(row, None)
+            # A sum that an earlier tenant of the row has left does not count.
+            total = part if before is None or pooling.is_first else before + part
             if pooling.is_last:
-                vectors.append(torch.stack(parts).sum(0) / pooling.num_pooled)
-            elif parts:
-                self._sums[row] = torch.stack(parts).sum(0)
+                vectors.append(total / pooling.num_pooled)
+            else:
+                self._sums[row] = total
         return vectors
+
+    def _parts(self, batch: DenseBatch, layout: Layout, hidden: Hidden) -> Tensor:
+        """The sum of the hidden states of each part, float32 [parts, H]."""
+        places = np.concatenate([layout.places[part.start : part.stop] for part in batch.poolings])
+        owners: Int64 = np.repeat(np.arange(len(batch.poolings)), [part.stop - part.start for part in batch.poolings])
+        sums: Tensor | None = None
+        for first in range(0, len(places), self._max_rows):
+            some = slice(first, first + self._max_rows)
+            states = hidden(places[some]).float()
+            sums = states.new_zeros(len(batch.poolings), states.shape[1]) if sums is None else sums
+            sums.index_add_(0, to_device(owners[some], states.device), states)
+        assert sums is not None, "each part has a token"
+        return sums

@@ -12,7 +12,6 @@ import numpy as np
 
 from nanoflow.batch import DenseBatch, Int64, Joined, PromptPooling, PromptScore
 from nanoflow.kvcache.pools import PagePools
-from nanoflow.request import Pooling
 from nanoflow.scheduler.background import Background, Hurry, Part
 from nanoflow.scheduler.pace import Pace
 from nanoflow.scheduler.rows import RowTable
@@ -157,24 +156,19 @@ def _prompt_scores(turn: Turn, table: RowTable, query_start: Int64) -> tuple[Pro
 
 def _poolings(turn: Turn, table: RowTable, query_start: Int64) -> tuple[PromptPooling, ...]:
     """The parts of prompts that this turn computes and whose hidden states are asked for."""
-    is_pooling = table.is_pooled[turn.rows] & (turn.num_before < table.num_prompt[turn.rows])
-    poolings = []
-    for index in np.flatnonzero(is_pooling).tolist():
-        row, first, start = int(turn.rows[index]), int(turn.num_before[index]), int(query_start[index])
-        num_prompt, kind = int(table.num_prompt[row]), table.tenant(row).params.pooling
-        stop = min(first + int(turn.num_taken[index]), num_prompt)
-        if kind is not None:
-            pooling = PromptPooling(
-                request_index=index,
-                start=start,
-                stop=start + stop - first,
-                is_first=first == 0,
-                is_last=stop == num_prompt,
-                kind=kind,
-                num_pooled=num_prompt if kind is Pooling.MEAN else 1,
-            )
-            poolings.append(pooling)
-    return tuple(poolings)
+    num_prompt, first = table.num_prompt[turn.rows], table.pooled_from[turn.rows]
+    begins, ends = np.maximum(turn.num_before, first), np.minimum(turn.num_before + turn.num_taken, num_prompt)
+    return tuple(
+        PromptPooling(
+            request_index=index,
+            start=int(query_start[index] + begins[index] - turn.num_before[index]),
+            stop=int(query_start[index] + ends[index] - turn.num_before[index]),
+            is_first=bool(begins[index] == first[index]),
+            is_last=bool(ends[index] == num_prompt[index]),
+            num_pooled=int(num_prompt[index] - first[index]),
+        )
+        for index in np.flatnonzero(begins < ends).tolist()
+    )
 
 
 def with_guesses(turn: Turn, num_guessed: dict[int, int]) -> Turn:

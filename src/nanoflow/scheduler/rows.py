@@ -50,7 +50,7 @@ class RowTable:
         max_total: Tokens with which it ends.
         is_exact: bool [R], it will have `max_total` tokens, as end of sequence is ignored.
         is_scored: bool [R], log probabilities of its prompt are asked for.
-        is_pooled: bool [R], a vector of its prompt is asked for.
+        pooled_from: See `Request.pooled_from`.
         rank: Of the tenant; see `Request.rank`.
         arrival_s: float64 [R], when it came, on the monotonic clock.
     """
@@ -65,8 +65,8 @@ class RowTable:
         self.requests: list[Request | None] = [None] * num_rows
         self.request_id, self.epoch, self.num_prompt, self.num_sent = np.zeros((4, num_rows), dtype=np.int64)
         self.num_known, self.num_tokens, self.num_computed = np.zeros((3, num_rows), dtype=np.int64)
-        self.min_total, self.max_total = np.zeros((2, num_rows), dtype=np.int64)
-        self.is_exact, self.is_scored, self.is_pooled = np.zeros((3, num_rows), dtype=np.bool_)
+        self.min_total, self.max_total, self.pooled_from = np.zeros((3, num_rows), dtype=np.int64)
+        self.is_exact, self.is_scored = np.zeros((2, num_rows), dtype=np.bool_)
         self.rank: Int64 = np.zeros(num_rows, dtype=np.int64)
         self.arrival_s: Float64 = np.zeros(num_rows)
         self._token_ids = np.zeros((num_rows, limits.max_model_len), dtype=np.int32)  # untouched zeros take no memory
@@ -124,7 +124,7 @@ class RowTable:
         self.max_total[rows] = np.minimum(num_prompt + max_tokens, self._limits.max_model_len)
         self.is_exact[rows] = [request.params.ignore_eos for request in requests]
         self.is_scored[rows] = [request.params.prompt_logprobs is not None for request in requests]
-        self.is_pooled[rows] = [request.params.pooling is not None for request in requests]
+        self.pooled_from[rows] = [request.pooled_from for request in requests]
         self._stop_ids[:, rows] = self._limits.vocab_size  # no token has this id
         for row, new in zip(rows.tolist(), newcomers, strict=True):
             self._row_of[new.request.request_id] = row
