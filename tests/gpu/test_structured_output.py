@@ -99,9 +99,10 @@ def test_forced_tokens_come_together_and_change_nothing() -> None:
 @pytest.mark.parametrize("speculative", [None, "ngram:4"])
 def test_reasoning_is_closed_at_its_bound(speculative: str | None) -> None:
     messages = [{"role": "user", "content": "def f(a, b):"}]
-    params = [SamplingParams(max_tokens=40, thinking_token_budget=budget, seed=budget) for budget in (0, 5, 17)]
+    budgets = (0, 5, 17)
+    params = [SamplingParams(max_tokens=40, thinking_token_budget=each, seed=each, ignore_eos=True) for each in budgets]
     with LLM(chat_template=CALLING, max_num_seqs=8, max_model_len=256, speculative=speculative) as llm:
         closing = llm.tokenizer.encode("</think>", add_special_tokens=False)
         outputs = llm.chat([messages] * 3, params, chat_template_kwargs={"opens": True}, use_tqdm=False)
-    for output, budget in zip(outputs, (0, 5, 17), strict=True):
+    for output, budget in zip(outputs, budgets, strict=True):
         assert output.outputs[0].token_ids[budget:][: len(closing)] == closing

@@ -247,14 +247,13 @@ def test_it_compiles_for_hopper_and_waits_only_where_nothing_is_to_be_under_way(
     more += ["256:2:1:1:4:128:1", "256:2:2:0:4:128:1", "128:4:1:1:4:128:1"]
     variants += more if RUNS_ALL_CASES else []
     for variant, report in zip(variants, compiled("tests.compile_hopper_carry", *variants), strict=True):
-        _, steps, *_, head_dim, item_bytes = (int(part) for part in variant.split(":"))
+        _, steps, *_, head_dim, _ = (int(part) for part in variant.split(":"))
         panels = head_dim // PANEL
         # Of either warpgroup, with a block and without; a product of 32 bytes of features or keys an instruction.
         places = 2 * 2 * PANEL // 16
         assert report["shared_bytes"] <= SM_BYTES
-        # Few of them stand in loops; the accumulator, which would be hundreds, is not among them. In FP8 some make room
-        # for scales at the end of a tile.
-        assert report["spills"] <= (128 if item_bytes == 2 else 320)
+        # Few of them stand in loops; the accumulator, which would be hundreds, is not among them.
+        assert report["spills"] <= 100, variant
         # A round's, and one k-step without.
         assert report["products_of_tiles"] == places // 2 * (steps + 1)
         assert report["products_of_attention"] == places * 2 * panels

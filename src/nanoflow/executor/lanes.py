@@ -48,8 +48,8 @@ class Lanes(Protocol):
     def on(self, place: int) -> AbstractContextManager[Workspace]:
         """Context of the step at this index of the plan's steps.
 
-        The stream waits for the steps that this one depends on, which must have been queued. Gives the tensors, with
-        the kernels of the step's lane.
+        The stream waits for the steps that this one depends on, as far as this pass has queued them: a pass through
+        some layers alone leaves steps out. Gives the tensors, with the kernels of the step's lane.
         """
 
 
@@ -158,6 +158,8 @@ class GpuLanes:
             self._open(lane, steps, partitions)
         self._events = {place: _event() for place, step in enumerate(steps) if step.is_waited_for}
         self._begin, self._ends = _event(), {name: _event() for name in self._streams}
+        # Steps whose events were recorded in this pass; another event may be of a graph, which no stream can wait for.
+        self._recorded = set[int]()
 
     def _open(self, lane: Lane, steps: tuple[Step, ...], partitions: Partitions) -> None:
         """Open the stream of a lane; a lane with the mechanism `whole` runs on the current stream."""
@@ -176,6 +178,7 @@ class GpuLanes:
     @contextmanager
     def running(self) -> Iterator[None]:
         """See `Lanes`."""
+        self._recorded.clear()
         self._begin.record(torch.cuda.current_stream(self._device))
         for stream in self._streams.values():
             stream.wait_event(self._begin)
@@ -190,12 +193,13 @@ class GpuLanes:
         """See `Lanes`."""
         step = self._steps[place]
         stream = self._streams.get(step.lane) or torch.cuda.current_stream(self._device)
-        for before in step.waits:
+        for before in self._recorded.intersection(step.waits):
             stream.wait_event(self._events[before])
         with torch.cuda.stream(stream):
             yield self._workspaces.get(step.lane, self._whole)
         if step.is_waited_for:
             self._events[place].record(stream)
+            self._recorded.add(place)
 
 
 def open_lanes(plan: PipelinePlan, steps: tuple[Step, ...], workspace: Workspace, partitions: Partitions) -> Lanes:

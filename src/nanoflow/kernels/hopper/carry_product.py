@@ -103,42 +103,68 @@ class Product:
         return warpgroup_mma(rows, self.weight.index(slot).permute((1, 0)), acc, is_async=True)
 
     @gluon.jit
-    def scaled(self, acc, row, tile_n, gemm: gl.constexpr):
-        """Sums of FP8 [ROWS, BLOCK_N] times the scales of their rows of x and of the weight; `gemm` is their layout."""
-        HALF: gl.constexpr = self.BLOCK_N // 2
-        rows = row + gl.arange(0, _ROWS, gl.SliceLayout(1, gemm))
-        acc *= gl.load(self.x_scales + rows, mask=rows < self.num_rows, other=0.0)[:, None]
-        places = gl.arange(0, self.BLOCK_N, gl.SliceLayout(0, gemm))
-        columns = tile_n * self.BLOCK_N + places
-        if self.KIND == _SWIGLU:
-            columns = tile_n * HALF + places % HALF
-        # In the weight, the rows of up factors come after those of all gates.
-        first = (places // HALF) * self.num_columns if self.KIND == _SWIGLU else 0
-        return acc * gl.load(self.scales + first + columns, mask=columns < self.num_columns, other=0.0)[None, :]
+    def scaled(self, cells, row, column, first):
+        """Sums of FP8 [ROWS, columns] times the scales of their rows of x and of the weight.
+
+        `first` is the row of the weight where those of the output's column 0 are: 0, or that of the first up factor.
+        """
+        # Cells are where products of so many columns leave them, so nothing moves.
+        layout: gl.constexpr = gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cells.shape[1], 32]
+        )
+        cells = gl.convert_layout(cells, layout)
+        rows = row + gl.arange(0, _ROWS, gl.SliceLayout(1, layout))
+        columns = column + gl.arange(0, cells.shape[1], gl.SliceLayout(0, layout))
+        cells *= gl.load(self.x_scales + rows, mask=rows < self.num_rows, other=0.0)[:, None]
+        return cells * gl.load(self.scales + first + columns, mask=columns < self.num_columns, other=0.0)[None, :]
 
     @gluon.jit
-    def write_tile(self, acc, tile, PART: gl.constexpr, gemm: gl.constexpr):
-        """Write this warpgroup's rows [ROWS, BLOCK_N] in halves; a thread has both columns of a pair.
+    def write_tile(self, acc, tile, PART: gl.constexpr):
+        """Write this warpgroup's rows [ROWS, BLOCK_N] in quarters, or in two quarters of gates beside their up factors.
 
-        `gemm` is the layout of `acc`.
+        Few columns at once need few registers beside the sums: those of their scales and of what they are added to.
         """
-        HALF: gl.constexpr = self.BLOCK_N // 2
+        QUARTER: gl.constexpr = self.BLOCK_N // 4
         tile_m, tile_n = self.place_of(tile)
         row = tile_m * (_PARTS * _ROWS) + PART * _ROWS
-        if self.ITEM_BYTES == 1:
-            acc = self.scaled(acc, row, tile_n, gemm)
-        left, right = acc.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
+        left, right = _halves(acc)
+        first, second = _halves(left)
+        third, fourth = _halves(right)
         if self.KIND == _SWIGLU:
-            dtype: gl.constexpr = self.out.dtype.element_ty
-            # The rounding of the separate operations.
-            exact = left.to(dtype).to(gl.float32)
-            activated = (exact / (1.0 + gl.exp(-exact))).to(dtype).to(gl.float32)
-            product = (activated * right.to(dtype).to(gl.float32)).to(dtype)
-            _write_half(self, product, row, tile_n * HALF, HALF)
+            column = tile_n * (2 * QUARTER)
+            self.write_gated(first, third, row, column)
+            self.write_gated(second, fourth, row, column + QUARTER)
         else:
             column = tile_n * self.BLOCK_N
-            _write_half(self, left, row, column, HALF)
-            _write_half(self, right, row, column + HALF, HALF)
+            self.write_plain(first, row, column)
+            self.write_plain(second, row, column + QUARTER)
+            self.write_plain(third, row, column + 2 * QUARTER)
+            self.write_plain(fourth, row, column + 3 * QUARTER)
+
+    @gluon.jit
+    def write_plain(self, cells, row, column):
+        """Write [ROWS, columns] from this row and column on."""
+        if self.ITEM_BYTES == 1:
+            cells = self.scaled(cells, row, column, 0)
+        _write(self, cells, row, column)
+
+    @gluon.jit
+    def write_gated(self, gates, ups, row, column):
+        """Write SwiGLU of gates and up factors [ROWS, columns], with the rounding of the separate operations."""
+        if self.ITEM_BYTES == 1:
+            gates = self.scaled(gates, row, column, 0)
+            ups = self.scaled(ups, row, column, self.num_columns)
+        dtype: gl.constexpr = self.out.dtype.element_ty
+        exact = gates.to(dtype).to(gl.float32)
+        activated = (exact / (1.0 + gl.exp(-exact))).to(dtype).to(gl.float32)
+        _write(self, (activated * ups.to(dtype).to(gl.float32)).to(dtype), row, column)
+
+
+@gluon.jit
+def _halves(cells):
+    """Both halves of the columns; a thread has pairs of them."""
+    HALF: gl.constexpr = cells.shape[1] // 2
+    return cells.reshape([_ROWS, 2, HALF]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -177,10 +203,11 @@ def load_tiles(x, weight, product, second_rows):
 
 
 @gluon.jit
-def _write_half(product, cells, row, column, WIDTH: gl.constexpr):
-    """Write [ROWS, WIDTH], 16 bytes per thread and 64 per row, not through shared memory; sums are rounded once."""
+def _write(product, cells, row, column):
+    """Write [ROWS, columns], 16 bytes per thread and 64 per row, not through shared memory; sums are rounded once."""
+    WIDTH: gl.constexpr = cells.shape[1]
     wide: gl.constexpr = gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]] + ([[0, 64]] if WIDTH == 128 else []),
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]] + ([[0, 32]] if WIDTH == 64 else []),
         lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],

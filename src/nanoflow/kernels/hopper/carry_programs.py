@@ -101,7 +101,7 @@ def _compute(attention, product, PART: gl.constexpr, STEPS: gl.constexpr):
             count += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         product.ring.release(count + product.ring.STAGES - 1)
-        product.write_tile(acc, tile, PART, gemm)
+        product.write_tile(acc, tile, PART)
     # 3. The remaining blocks.
     for _ in range(done, attention.num_blocks):
         sums, cursor = attention.do_block(sums, cursor, done, mma)
