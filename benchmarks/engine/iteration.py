@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output-len", type=int, default=512, help="tokens of each completion")
     parser.add_argument("--max-num-seqs", type=int, default=1024)
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
+    parser.add_argument("--quantization", help="of weights, as nanoflow serve takes it")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="of keys and values, as nanoflow serve takes it")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--ramp", type=int, default=600, help="iterations before the trace")
     parser.add_argument("--json", type=Path, help="file to write the result to")
@@ -56,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=args.model,
         load_format="random",
         dtype="bfloat16",
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         max_num_seqs=args.max_num_seqs,
         max_batch_tokens=args.max_batch_tokens,
         cuda_graphs=not args.no_cuda_graphs,

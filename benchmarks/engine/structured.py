@@ -7,7 +7,9 @@ the root of the repository:
     python -m benchmarks.engine.structured --model preset:llama-3-8b --rows 64 --json structured_llama-3-8b.json
 
 Times are medians of `--repeats` runs, in milliseconds an iteration, of decodes alone: the time of a run with
-`--output-len` tokens less that of one with half of them, so that prompts and compilation do not count.
+`--output-len` tokens less that of one with half of them, so that prompts and compilation do not count. Beside them are
+tokens/s of a request between its first token and its last, the median of those without the shape ("free") and of those
+with it ("held").
 
 With `--speculative` two engines run in turn, with drafts and without, and what is told is tokens/s of whole runs in
 which all rows have the shape:
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from nanoflow.cli.options import CommandParser
 from nanoflow.config import DEFAULT_MODEL, EngineConfig
 from nanoflow.engine.build import resolve_model
 from nanoflow.engine.llm import LLM
+from nanoflow.outputs import RequestOutput
 from nanoflow.request import SamplingParams
 
 # Each goes on for longer than any run. A string of JSON, objects, objects that are mostly forced, and repetitions that
@@ -122,25 +126,33 @@ def compared(engines: Mapping[str, LLM], args: argparse.Namespace) -> dict[str, 
             rates: dict[str, list[float]] = {each: [] for each in engines}
             for repeat in range(1 + args.repeats):
                 for each, llm in engines.items():
-                    rate = count * args.output_len / _run_s(llm, count, args.output_len, shape, count)
+                    rate = count * args.output_len / _run(llm, count, args.output_len, shape, count).took_s
                     # In the first run what is needed is compiled.
                     rates[each] += [rate] if repeat else []
             runs.setdefault(name, {})[str(count)] = {each: statistics.median(values) for each, values in rates.items()}
     return runs
 
 
-def _iteration_ms(llm: LLM, args: argparse.Namespace, shape: Mapping[str, Any] | None, count: int) -> dict[str, float]:
-    times = []
+def _iteration_ms(llm: LLM, args: argparse.Namespace, shape: Mapping[str, Any] | None, count: int) -> dict[str, Any]:
+    times, rates = [], []
     for _ in range(args.repeats):
-        whole, half = (
-            _run_s(llm, args.rows, length, shape, count) for length in (args.output_len, args.output_len // 2)
-        )
-        times.append(1e3 * (whole - half) / (args.output_len - args.output_len // 2))
-    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+        whole, half = (_run(llm, args.rows, length, shape, count) for length in (args.output_len, args.output_len // 2))
+        times.append(1e3 * (whole.took_s - half.took_s) / (args.output_len - args.output_len // 2))
+        rates.append(whole.rates)
+    each = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
+    return {"median": statistics.median(times), "least": min(times), "most": max(times), "tokens_per_s": each}
 
 
-def _run_s(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, count: int) -> float:
-    """Seconds of a run in which the first `count` rows have the shape."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Seconds of a run, and tokens/s of the median request of each class."""
+
+    took_s: float
+    rates: dict[str, float]
+
+
+def _run(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, count: int) -> _Run:
+    """Run requests of which the first `count` have the shape."""
     free = SamplingParams(max_tokens=length, ignore_eos=True)
     # An end of sequence may be a word of the made vocabulary as well.
     never = dict.fromkeys(llm.facts.eos_token_ids, -100.0)
@@ -153,7 +165,16 @@ def _run_s(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, co
     for output in outputs:
         if len(output.outputs[0].token_ids) != length:
             raise RuntimeError(f"a run has ended early: {output.error or output.outputs[0].text[-80:]!r}")
-    return took_s
+    classes = {"held": outputs[:count], "free": outputs[count:]}
+    rates = {name: statistics.median(map(_tokens_per_s, some)) for name, some in classes.items() if some}
+    return _Run(took_s=took_s, rates=rates)
+
+
+def _tokens_per_s(output: RequestOutput) -> float:
+    """Of a request, from its first token to its last."""
+    times = output.metrics
+    assert times is not None and times.first_token_s is not None and times.last_token_s is not None
+    return (len(output.outputs[0].token_ids) - 1) / (times.last_token_s - times.first_token_s)
 
 
 if __name__ == "__main__":
