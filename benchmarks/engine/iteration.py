@@ -143,7 +143,8 @@ def _is_head(kernels: Sequence[Event], i: int) -> bool:
 
 
 def _is_choice(event: Event) -> bool:
-    return "reduce" in event.name.lower() or "argmax" in event.name.lower()
+    names = ("reduce", "argmax", "choose_program", "largest_program")
+    return any(name in event.name.lower() for name in names)
 
 
 def _busy_us(events: Sequence[Event]) -> float:

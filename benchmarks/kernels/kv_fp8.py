@@ -70,11 +70,12 @@ SWEPT_PREFILLS = (PREFILLS[4], PREFILLS[6])
 PREFILL_SWEEP = tuple(
     Tiles(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
     for block_m, block_n, num_warps, num_stages in (
-        (64, 64, 4, 2),
+        (64, 64, 4, 3),
         (64, 128, 4, 2),
-        (128, 64, 8, 2),
+        (64, 128, 4, 3),
+        (64, 256, 4, 2),
         (128, 64, 8, 3),
-        (128, 128, 8, 2),
+        (128, 128, 8, 3),
     )
 )
 # Programs of an SM, stages, and registers of a thread at first and of loading warps: what fits on an SM. The last has

@@ -61,6 +61,8 @@ PREFILL_TILES = (
     Tiles(block_m=64, block_n=32, num_warps=4, num_stages=2),
     Tiles(block_m=32, block_n=16, num_warps=4, num_stages=2),
 )
+# On 8 bits, which become 16 in registers: more keys at once take 0.68 to 0.84 of the time.
+PREFILL_TILES_OF_8_BITS = (Tiles(block_m=64, block_n=128, num_warps=4, num_stages=3), *PREFILL_TILES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +173,8 @@ def prefill_attention(launch: Launch) -> None:
     (q,), (out,) = launch.reads, launch.writes
     _check(q, out, cache)
     limit_bytes = card_of(q.device).shared_memory_bytes
-    tiles = choose_tiles(PREFILL_TILES, dims.head_dim, q.element_size(), limit_bytes)
+    candidates = PREFILL_TILES if cache.scales is None else PREFILL_TILES_OF_8_BITS
+    tiles = choose_tiles(candidates, dims.head_dim, q.element_size(), limit_bytes)
     run_prefill(launch, tiles)
 
 
