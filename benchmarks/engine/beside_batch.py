@@ -276,7 +276,9 @@ def compare(
     asked = [each for each, _ in zip(itertools.cycle(lengths), range(count), strict=False)]
     arrivals_s = draw_arrivals(count, rate, config.seed)
     batch_alone = driver.run(Work(background=background, **always)).background_tokens_per_s
+    print(f"background requests alone: {batch_alone:,.0f} tokens/s", file=sys.stderr, flush=True)
     alone = driver.run(Work(lengths=asked, arrivals_s=arrivals_s, duration_s=arrivals_s[-1]))
+    print(f"interactive requests alone: {interactive_of(alone.interactive)}", file=sys.stderr, flush=True)
     before = engine.stats()
     together = driver.run(
         Work(

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     found = compared({"without": llm, "with": drafting}, args)
     print(json.dumps(found, indent=1))
     if args.json is not None:
-        names = ("model", "rows", "output_len", "repeats", "speculative")
+        names = ("model", "rows", "output_len", "repeats", "shapes", "speculative")
         given = {name: getattr(args, name) for name in names}
         kind = "iteration_ms" if args.speculative is None else "tokens_per_s"
         write_document(args.json, "structured", options=given, device=device, **{kind: found})
@@ -104,6 +104,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help="requests at once (default: 64)")
     parser.add_argument("--output-len", type=int, default=256, help="tokens of a completion (default: 256)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which (default: all)")
     parser.add_argument("--speculative", default=None, help="as nanoflow serve has it, e.g. ngram:8 (default: none)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     parser.add_argument("--allow-dirty", action="store_true", help="also write a record of sources that no commit has")
@@ -112,16 +113,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measured(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds an iteration, by shape and number of rows with it."""
-    runs: dict[str, Any] = {"none": _iteration_ms(llm, args, None, 0)}
-    for name, shape in SHAPES.items():
-        runs[name] = {str(count): _iteration_ms(llm, args, shape, count) for count in (1, args.rows // 2, args.rows)}
+    runs: dict[str, Any] = {"none": _told("none", _iteration_ms(llm, args, None, 0))}
+    for name in args.shapes:
+        runs[name] = {
+            str(count): _told(f"{name}, {count} rows", _iteration_ms(llm, args, SHAPES[name], count))
+            for count in (1, args.rows // 2, args.rows)
+        }
     return runs
+
+
+def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The same, said at once: a run that is broken off leaves what it knew."""
+    print(f"{name}: {json.dumps(found)}", file=sys.stderr, flush=True)
+    return found
 
 
 def compared(engines: Mapping[str, LLM], args: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of whole runs by shape, number of rows and engine; the engines run in turn."""
     runs: dict[str, Any] = {}
-    for name, shape in SHAPES.items():
+    for name, shape in ((name, SHAPES[name]) for name in args.shapes):
         for count in sorted({1, max(args.rows // 2, 1), args.rows}):
             rates: dict[str, list[float]] = {each: [] for each in engines}
             for repeat in range(1 + args.repeats):
