@@ -14,9 +14,9 @@ Legend: R rows of the state table, V vocabulary, S draws, M draws with a mask, W
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from llguidance.numpy import (
 )
 from torch import Tensor
 
-from nanoflow.batch import Bool, Int32, Joined
-from nanoflow.device.transfer import Readback, to_device
+from nanoflow.batch import Bool, Int32, Int64, Joined
+from nanoflow.device.transfer import Readback
 from nanoflow.grammars.compiled import Grammars
 from nanoflow.grammars.text import GrammarError, said
 from nanoflow.thinking import Thinking
@@ -69,22 +69,21 @@ class _Constraint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Draws:
-    """The draws of one row in an iteration.
+    """The draws of an iteration that are of rows with a constraint, those of one row together.
 
     Attributes:
-        constraint: The row's.
-        start: Its first draw; the others follow.
-        draft: The tokens behind which the others are.
+        places: int64 [M], which of the iteration's draws they are.
+        rows: The rows, each once.
+        held: The constraint of each row.
+        firsts: Index in `places` of the first draw of each row.
+        drafts: The tokens behind which the other draws of each row are.
     """
 
-    constraint: _Constraint
-    start: int
-    draft: list[int]
-
-    @property
-    def places(self) -> range:
-        """Indices of the draws."""
-        return range(self.start, self.start + len(self.draft) + 1)
+    places: Int64
+    rows: list[int]
+    held: list[_Constraint]
+    firsts: list[int]
+    drafts: list[list[int]]
 
 
 class Constraints:
@@ -102,8 +101,10 @@ class Constraints:
         self._num_words = -(-vocab_size // 32)
         self._held: dict[int, _Constraint] = {}
         self._is_held = np.zeros(num_rows, np.bool_)
-        self._pending: tuple[list[tuple[int, _Draws]], Readback] | None = None
+        self._pending: tuple[_Draws, Readback] | None = None
         self._none = torch.zeros((1, self._num_words), dtype=torch.int32, device=device)
+        # Where masks are computed. The device has its copy of them when their tokens are there, before the next ones.
+        self._room = torch.empty((0, self._num_words), dtype=torch.int32)
         self._threads: LLExecutor | None = None
 
     def join(self, joined: Sequence[Joined]) -> dict[int, str]:
@@ -129,27 +130,28 @@ class Constraints:
         """
         self._take_in()
         numbers, must_end = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.bool_)
-        draws = list(self._draws(rows, followed_by))
-        if not draws:
+        draws = self._find(rows, followed_by)
+        count = len(draws.places)
+        if not count:
             return Masks(numbers=numbers, words=self._none, must_end=must_end)
-        places = [place for each in draws for place in each.places]
+        masks = self._masks(count)
         # A draw behind a wrong token of a draft does not count: it may choose anything.
-        words = np.full((len(places), self._num_words), -1, np.int32)
+        words: Int32 = masks.numpy()
+        words.fill(-1)
         errors = self._fill(draws, words, must_end)
-        numbers[places] = 1 + np.arange(len(places))
-        for each in draws:
-            if each.constraint.matcher is None:
-                free = [place for place in each.places if (words[numbers[place] - 1] == -1).all()]
-                numbers[free] = 0
-        return Masks(numbers=numbers, words=to_device(words, self._device), must_end=must_end, errors=errors)
+        numbers[draws.places] = 1 + np.arange(count)
+        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
+            if each.matcher is None:
+                own = slice(first, first + len(draft) + 1)
+                numbers[draws.places[own][(words[own] == -1).all(axis=1)]] = 0
+        on_device = masks.to(self._device, non_blocking=True)
+        return Masks(numbers=numbers, words=on_device, must_end=must_end, errors=errors)
 
     def note(self, rows: Int32, token_ids: Tensor, followed_by: Int32 | None = None) -> None:
         """Remember the tokens (int64 [S]) just drawn, without waiting for them; arguments as of `masks`."""
-        draws = list(self._draws(rows, followed_by))
-        if draws:
-            places = np.array([place for each in draws for place in each.places])
-            drawn = token_ids[to_device(places, self._device)]
-            self._pending = [(int(rows[each.start]), each) for each in draws], Readback([drawn])
+        draws = self._find(rows, followed_by)
+        if draws.rows:
+            self._pending = draws, Readback([token_ids])
 
     @property
     def _executor(self) -> LLExecutor:
@@ -174,40 +176,55 @@ class Constraints:
             self._think(constraint, token_id)
         return constraint
 
-    def _draws(self, rows: Int32, followed_by: Int32 | None) -> Iterator[_Draws]:
+    def _find(self, rows: Int32, followed_by: Int32 | None) -> _Draws:
         """The draws of the rows that have a constraint."""
-        places = np.flatnonzero(self._is_held[rows]).tolist()
-        place, end = 0, len(places)
-        while place < end:
-            start = stop = places[place]
-            while stop + 1 < len(rows) and rows[stop + 1] == rows[start]:
-                stop += 1
-            draft = [] if followed_by is None else followed_by[start:stop].tolist()
-            yield _Draws(constraint=self._held[int(rows[start])], start=start, draft=draft)
-            place += stop + 1 - start
+        places = np.flatnonzero(self._is_held[rows])
+        of_draws = rows[places]
+        begins = np.flatnonzero(np.diff(of_draws, prepend=-1))
+        firsts, owners = begins.tolist(), of_draws[begins].tolist()
+        drafts: list[list[int]] = [[]] * len(firsts)
+        if followed_by is not None:
+            tokens = followed_by[places]
+            drafts = [tokens[first : stop - 1].tolist() for first, stop in pairwise([*firsts, len(places)])]
+        held = [self._held[row] for row in owners]
+        return _Draws(places=places, rows=owners, held=held, firsts=firsts, drafts=drafts)
 
-    def _fill(self, draws: Sequence[_Draws], words: Int32, must_end: Bool) -> dict[int, str]:
+    def _masks(self, count: int) -> Tensor:
+        """Room for so many masks, int32 [count, W] on the host, in pinned memory where the device is a GPU."""
+        if len(self._room) < count:
+            size, is_gpu = (max(count, 2 * len(self._room)), self._num_words), self._device.type == "cuda"
+            self._room = torch.empty(size, dtype=torch.int32, pin_memory=is_gpu)
+        return self._room[:count]
+
+    def _fill(self, draws: _Draws, words: Int32, must_end: Bool) -> dict[int, str]:
         """Compute the masks of draws, one after the other in `words`; returns a message by draw that has failed."""
-        errors: dict[int, str] = {}
-        firsts = list(accumulate((len(each.places) for each in draws), initial=0))
-        held = [(each.constraint.matcher, first, each.draft) for each, first in zip(draws, firsts, strict=False)]
-        plain = [(matcher, first) for matcher, first, draft in held if matcher is not None and not draft]
-        drafted = [(matcher, first, draft) for matcher, first, draft in held if matcher is not None and draft]
+        held = [
+            (each.matcher, first, draft)
+            for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True)
+            if each.matcher is not None
+        ]
+        plain = [(matcher, first) for matcher, first, draft in held if not draft]
+        drafted = [each for each in held if each[2]]
         if plain:
             fill_next_token_bitmask_par(self._executor, plain, words)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, words)
-        for each, (matcher, first, _) in zip(draws, held, strict=True):
-            if matcher is not None:
-                must_end[each.start] = matcher.is_stopped()
+        errors: dict[int, str] = {}
+        for matcher, first, _ in held:
+            # So is one that has failed.
+            if matcher.is_stopped():
+                place = int(draws.places[first])
+                must_end[place] = True
                 if matcher.is_error():
-                    errors[each.start] = f"its structured output failed: {said(matcher.get_error())}"
-            self._close_thoughts(each, words[first : first + len(each.draft) + 1])
+                    errors[place] = f"its structured output failed: {said(matcher.get_error())}"
+        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
+            if each.thinking is not None:
+                self._close_thoughts(each, draft, words[first : first + len(draft) + 1])
         return errors
 
-    def _close_thoughts(self, draws: _Draws, words: Int32) -> None:
+    def _close_thoughts(self, constraint: _Constraint, draft: list[int], words: Int32) -> None:
         """Leave draws only the token that closes the reasoning, where its bound is reached and the grammar allows."""
-        state = draws.constraint.thinking
+        state = constraint.thinking
         for place in range(len(words)):
             if state is None or state.is_over:
                 return
@@ -219,10 +236,10 @@ class Constraints:
                     words[place, word] = mask
                 else:
                     # Only the first draw counts for sure; another one may be behind tokens that do not come.
-                    draws.constraint.thinking = state.without_force() if place == 0 else draws.constraint.thinking
+                    constraint.thinking = state.without_force() if place == 0 else constraint.thinking
                     return
-            if place < len(draws.draft):
-                state = self._thought(state, draws.draft[place])
+            if place < len(draft):
+                state = self._thought(state, draft[place])
 
     def _thought(self, state: Thinking, token_id: int) -> Thinking:
         assert self._grammars is not None
@@ -238,36 +255,41 @@ class Constraints:
         """Let constraints see the tokens drawn last. A matcher that cannot take its token has failed, and says so."""
         if self._pending is None:
             return
-        (pending, readback), self._pending = self._pending, None
-        (drawn,) = readback.wait()
+        (draws, readback), self._pending = self._pending, None
+        (token_ids,) = readback.wait()
+        drawn = token_ids[draws.places].tolist()
         jobs: list[tuple[LLMatcher, int]] = []
-        done, first = [], 0
-        for row, each in pending:
-            constraint, taken = each.constraint, _counting(drawn[first : first + len(each.places)].tolist(), each.draft)
-            first += len(each.places)
-            matcher = constraint.matcher
-            if matcher is not None:
+        were_stopped: list[bool] = []
+        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
+            taken = _counting(drawn[first : first + len(draft) + 1], draft)
+            if each.matcher is not None:
                 # All but the last at once, the last ones of all rows in parallel.
                 if len(taken) > 1:
-                    matcher.consume_tokens(taken[:-1])
-                jobs.append((matcher, taken[-1]))
-            was_stopped = matcher is not None and matcher.is_stopped()
-            for token_id in taken:
-                self._think(constraint, token_id)
-            done.append((row, constraint, was_stopped))
+                    each.matcher.consume_tokens(taken[:-1])
+                jobs.append((each.matcher, taken[-1]))
+            were_stopped.append(each.matcher is not None and each.matcher.is_stopped())
+            if each.thinking is not None:
+                for token_id in taken:
+                    self._think(each, token_id)
         if jobs:
             consume_token_par(self._executor, jobs)
-        for row, constraint, was_stopped in done:
-            matcher = constraint.matcher
+        for row, each, was_stopped in zip(draws.rows, draws.held, were_stopped, strict=True):
             # The end of sequence was drawn: what the row draws until another request takes it is dropped.
-            if matcher is not None and (was_stopped or matcher.stop_reason() == "EndOfSentence"):
-                constraint.matcher = constraint.thinking = None
-            if constraint.matcher is None and constraint.thinking is None and self._held.get(row) is constraint:
+            if was_stopped or (each.matcher is not None and _has_ended(each.matcher)):
+                each.matcher = each.thinking = None
+            if each.matcher is None and each.thinking is None and self._held.get(row) is each:
                 del self._held[row]
                 self._is_held[row] = False
 
 
+def _has_ended(matcher: LLMatcher) -> bool:
+    """Whether the end of sequence was drawn."""
+    return matcher.is_stopped() and matcher.stop_reason() == "EndOfSentence"
+
+
 def _counting(drawn: list[int], draft: list[int]) -> list[int]:
     """The drawn tokens that count: those behind tokens of a draft that were right."""
+    if not draft:
+        return drawn
     num_right = next((place for place, token_id in enumerate(draft) if drawn[place] != token_id), len(draft))
     return drawn[: num_right + 1]
