@@ -170,12 +170,20 @@ def runs_peer(results: Path, document: Document) -> Document | None:
         read(results / "peers.json"),
         "offline",
         model=model["name"],
-        dtype=model["dtype"],
+        dtype=_types_of(document),
         workload=work["workload"],
         num_requests=work["num_requests"],
         sampling=sampling_of(work),
         text=work.get("text", False),
     )
+
+
+def _types_of(document: Document) -> str:
+    """Types of weights and of the KV cache, as entries of peers name them."""
+    config = document.get("config", {})
+    form, cache = config.get("quantization"), config.get("kv_cache_dtype", "auto")
+    weights = str(document["model"]["dtype"]) if form in (None, "none", "auto") else f"{form} weights (online)"
+    return weights if cache == "auto" else f"{weights}, {cache} cache"
 
 
 def peer_ratios(results: Path) -> Iterator[tuple[str, str, float]]:

@@ -109,7 +109,9 @@ def test_records_of_history_are_not_on_the_page(page: Page, tmp_path: Path) -> N
 
 def test_the_page_is_short(page: Page) -> None:
     lines = page(ROOT / "benchmarks/results", ROOT / "docs/pictures").splitlines()
-    assert len(lines) <= 280 and max(len(line) for line in lines if line[:1] not in ("|", "*", "B")) <= 121
+    # Tables grow with the records.
+    assert sum(line[:1] != "|" for line in lines) <= 175
+    assert max(len(line) for line in lines if line[:1] not in ("|", "*", "B")) <= 121
 
 
 def test_where_the_speed_comes_from_is_read_from_records(tmp_path: Path, page: Page) -> None:
@@ -211,6 +213,11 @@ def test_a_peer_stands_beside_the_same_requests_only(page: Page, tmp_path: Path)
     record = json.loads((results / "throughput_llama-3-8b_512-512.json").read_text())
     for change in ({"num_requests": 1101}, {"temperature": 0.8}, {"text": True}):
         changed = {**record, "workload": {**record["workload"], **change}}
+        (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
+        whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
+        assert "x vLLM" not in whole_runs, change
+    for change in ({"quantization": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}):
+        changed = {**record, "config": {**record["config"], **change}}
         (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
         whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
         assert "x vLLM" not in whole_runs, change
