@@ -56,6 +56,7 @@ class Panel {
         : ["This engine runs no plans."]));
     } catch (failure) {
       drawing.replaceChildren(element("p", { class: "soft" }, String(failure)));
+      return; // the next look tries again
     }
     this.digest = now.plan ?? "";
   }
