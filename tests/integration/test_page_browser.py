@@ -268,6 +268,11 @@ def test_errors_are_said(browser: Browser, slow_url: str, slow: FakeAsyncEngine)
 
 def test_an_answer_may_break_off(browser: Browser, slow_url: str) -> None:
     tab = browser.open(slow_url)
+    running = "read('status').then((now) => numbers(now, { ...now, num_running: 1 }, null)[3][1])"
+    names = "Promise.all(['panel', 'api'].map((name) => import(`./page/${name}.js`)))"
+    assert tab.run(f"{names}.then(([{{ numbers }}, {{ read }}]) => {running})") != "idle", (
+        "a long iteration is not idle"
+    )
     begin_answer(tab)
     tab.run("$('new').click()")
     assert not tab.run("$('send').disabled") and tab.run("$('log').childNodes.length") == 0, "a new chat can begin"
