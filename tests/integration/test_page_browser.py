@@ -161,17 +161,17 @@ def test_everything_is_done_from_the_keyboard(browser: Browser, slow_url: str, s
 
 def test_it_fits_a_phone_in_the_dark(browser: Browser, scripted_url: str, scripted: ScriptedEngine) -> None:
     scripted.texts.append("x" * 300 + "\n\n```\n" + "y" * 300 + "\n```\n")
-    tab = browser.open(scripted_url, width=360, height=640, phone=True, dark=True)
+    tab = browser.open(scripted_url, width=320, height=640, phone=True, dark=True)
     tab.wait("$('model').value")
     tab.run("$('prompt').value = 'z'.repeat(300); $('send').click()")
     tab.wait("$('stop').disabled && document.querySelector('.rendered pre') !== null")
     tab.run("document.querySelectorAll('details').forEach((each) => { each.open = true })")
     for script in ("0", "$('keys').showModal()"):
         tab.run(script)
-        assert tab.run("document.documentElement.scrollWidth") <= 360
+        assert tab.run("document.documentElement.scrollWidth") <= 320
         assert tab.run(
             "[...document.querySelectorAll('button, input, textarea, select')]"
-            ".every((each) => each.getBoundingClientRect().right <= 360)"
+            ".every((each) => each.getBoundingClientRect().right <= 320)"
         )
     back = tab.run("getComputedStyle(document.body).backgroundColor")
     assert max(map(int, back[4:-1].split(","))) < 60, back
@@ -189,6 +189,19 @@ def test_what_a_model_says_stays_text(browser: Browser, scripted_url: str, scrip
     tab.call("Page.reload")
     tab.wait("document.readyState === 'complete' && document.querySelectorAll('.turn').length === 2")
     assert tab.text(".rendered strong") == "bold", "a conversation outlasts a reload"
+    assert tab.run("document.querySelector('.rendered p').dir") == "auto", "some languages run from the right"
+
+
+def test_code_ends_where_markdown_says(browser: Browser, slow_url: str) -> None:
+    wanted = {
+        "```a```\nb": [("text", "```a```\nb")],
+        "````md\n```js\na\n```\n````\nb": [("code", "```js\na\n```"), ("text", "b")],
+        "```py\na\n``` b\n```\nc": [("code", "a\n``` b"), ("text", "c")],
+        "~~~\na": [("code", "a")],
+    }
+    cut = f"import('./page/markdown.js').then(({{ blocks }}) => {json.dumps(list(wanted))}.map(blocks))"
+    for text, found in zip(wanted, browser.open(slow_url).run(cut), strict=True):
+        assert [(block["kind"], block["text"]) for block in found] == wanted[text], text
 
 
 def test_tools_are_called_and_answered(browser: Browser, scripted_url: str, scripted: ScriptedEngine) -> None:
@@ -201,7 +214,11 @@ def test_tools_are_called_and_answered(browser: Browser, scripted_url: str, scri
     assert tab.run("document.querySelector('.reasoning div').textContent") == "Let me look."
     assert tab.run("document.activeElement.labels[0].innerText").strip() == "Answer of get_weather"
     tab.type("sunny, 20 degrees")
+    tab.run("document.querySelector('[name=others]').value = '{'")
     tab.press("Tab")
+    tab.press("Enter")
+    assert focused(tab) != "stop" and tab.text("#others-problem"), "an answer is not lost to wrong settings"
+    tab.run("document.querySelector('[name=others]').value = ''; document.querySelector('.answers button').focus()")
     tab.press("Enter")
     tab.wait("$('stop').disabled && document.querySelectorAll('.assistant').length === 2")
     assert "sunny, 20 degrees" in scripted.prompts[-1] and "Be brief." in scripted.prompts[-1]
@@ -224,18 +241,57 @@ def test_errors_are_said(browser: Browser, slow_url: str, slow: FakeAsyncEngine)
     tab.run("$('prompt').value = 'hi'; $('send').click()")
     assert "JSON" in tab.text("#others-problem") and tab.run("document.activeElement.name") == "others"
     assert tab.run("$('log').childNodes.length") == 0 and tab.run("$('prompt').value") == "hi"
+    tab.run("document.querySelector('[name=others]').value = '{\"n\": 2}'; $('send').click()")
+    assert "one answer" in tab.text("#others-problem")
     tab.run("document.querySelector('[name=others]').value = '{\"temperature\": 999}'; $('prompt').value = ''")
     ask(tab, "hi")
     assert tab.text("#problem").startswith("400: ") and "(field temperature)" in tab.text("#problem")
-    tab.run("document.querySelector('[name=others]').value = ''")
+    tab.run("document.querySelector('[name=others]').value = ''; $('prompt').value = ''")
     ask(tab, "refuse me")
     assert "the chat template refuses the messages: no" in tab.text("#problem")
+    assert tab.run("$('prompt').value") == "refuse me" and tab.run("$('log').childNodes.length") == 0, "to be changed"
+    tab.run("$('prompt').value = ''; $('model').append(new Option('gone', 'gone', true, true))")
+    ask(tab, "hi")
+    assert "'gone' does not exist" in tab.text("#problem") and tab.wait("$('model').value === 'toy'")
+    tab.run("$('prompt').value = ''; $('key').click()")
+    tab.type("ключ")
+    tab.press("Enter")
+    assert "This is no key" in tab.text("#keys-why") and tab.run("$('keys').open")
+    tab.press("Escape")
     slow.is_alive = False
     try:
         ask(tab, "hi")
         assert "the engine has ended" in tab.text("#problem")
     finally:
         slow.is_alive = True
+
+
+def test_an_answer_may_break_off(browser: Browser, slow_url: str) -> None:
+    tab = browser.open(slow_url)
+    running = "read('status').then((now) => numbers(now, { ...now, num_running: 1 }, null)[3][1])"
+    names = "Promise.all(['panel', 'api'].map((name) => import(`./page/${name}.js`)))"
+    assert tab.run(f"{names}.then(([{{ numbers }}, {{ read }}]) => {running})") != "idle", (
+        "a long iteration is not idle"
+    )
+    begin_answer(tab)
+    tab.run("$('new').click()")
+    assert not tab.run("$('send').disabled") and tab.run("$('log').childNodes.length") == 0, "a new chat can begin"
+    begin_answer(tab)
+    tab.call("Page.reload")
+    tab.wait("document.readyState === 'complete' && document.querySelectorAll('.turn').length === 2")
+    assert tab.text(".rendered").startswith("the quick"), "what has come stays"
+    tab.run(
+        "window.fetch = async () => new Response(new ReadableStream({ pull(to) { to.error(new TypeError('lost')); } }))"
+    )
+    ask(tab, "hi")
+    assert tab.text("#problem") == "the connection ended before the answer did"
+    assert tab.run("document.querySelectorAll('.turn').length") == 3, "Retry asks again"
+    assert "no whole JSON" in tab.run("import('./page/api.js').then(({ read }) => read('status')).catch(String)")
+
+
+def begin_answer(tab: Tab) -> None:
+    tab.run("$('prompt').value = 'hi'; $('send').click()")
+    tab.wait("document.querySelector('.rendered')?.innerText.length > 12")
 
 
 def test_it_works_behind_a_prefix(browser: Browser) -> None:

@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from nanoflow.config import ConfigError, ServerConfig
-from nanoflow.outputs import RequestMetrics, RequestOutput
+from nanoflow.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanoflow.request import SamplingParams
 from nanoflow.server import tracing
 from nanoflow.server.app import create_app
@@ -144,6 +144,18 @@ def test_several_prompts_are_one_span(http: Any, spans: Spans) -> None:
     assert span.name == "text_completion toy" and span.attributes["gen_ai.request.choice.count"] == 2
     assert span.attributes["gen_ai.usage.output_tokens"] == 12
     assert span.attributes["gen_ai.response.finish_reasons"] == ["length"] * 4
+
+
+def test_a_vector_has_no_tokens_of_text(spans: Spans) -> None:
+    trace = Tracing(spans).request("embeddings", {}, model="toy", params=SamplingParams(), call_id="x")
+    output = RequestOutput(
+        request_id="", prompt=None, prompt_token_ids=[1, 2], outputs=[CompletionOutput(index=0, token_ids=[3])]
+    )
+    with trace.followed() as see:
+        see(0, output)
+    found = spans.ended[0].attributes
+    assert found["gen_ai.usage.input_tokens"] == 2 and spans.ended[0].name == "embeddings toy"
+    assert not {name for name in found if "output_tokens" in name or "finish" in name or "request.temp" in name}
 
 
 def test_a_failed_request_says_why(http: Any, spans: Spans) -> None:

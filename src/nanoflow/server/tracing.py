@@ -104,6 +104,7 @@ class Tracing:
         return RequestTrace(
             tracer=self._tracer,
             name=f"{operation} {model}",
+            has_text=operation != "embeddings",
             carrier={name: headers[name] for name in ("traceparent", "tracestate") if name in headers},
             attributes={
                 "gen_ai.operation.name": operation,
@@ -111,7 +112,7 @@ class Tracing:
                 "gen_ai.request.model": model,
                 "gen_ai.response.model": model,
                 "gen_ai.response.id": call_id,
-                **_parameters(params),
+                **(_parameters(params) if operation != "embeddings" else {}),
             },
         )
 
@@ -151,12 +152,14 @@ class RequestTrace:
     Attributes:
         tracer: Makes the span.
         name, attributes: Of the span, as far as they are known when it begins.
+        has_text: The answer is text; a vector has no tokens that were generated, and does not end in one way or other.
         carrier: Headers that name the trace that it belongs to.
         start_ns: When the request arrived, in nanoseconds since 1970.
     """
 
     tracer: Any
     name: str
+    has_text: bool
     carrier: Mapping[str, str]
     attributes: Mapping[str, Any]
     start_ns: int = field(default_factory=time.time_ns)
@@ -178,7 +181,7 @@ class RequestTrace:
             _fail(span, problem)
             raise
         finally:
-            _tell(span, [outputs[index] for index in sorted(outputs)])
+            _tell(span, [outputs[index] for index in sorted(outputs)], has_text=self.has_text)
             span.end()
 
 
@@ -196,17 +199,17 @@ def _fail(span: Any, problem: BaseException) -> None:
     span.set_status(Status(StatusCode.ERROR, text or None))
 
 
-def _tell(span: Any, outputs: Sequence[RequestOutput]) -> None:
+def _tell(span: Any, outputs: Sequence[RequestOutput], *, has_text: bool) -> None:
     """Add what is known at the end: tokens, how completions ended, and times."""
     if not outputs:
         return
-    completions = [completion for output in outputs for completion in output.outputs]
+    completions = [completion for output in outputs for completion in output.outputs if has_text]
     reasons = [completion.finish_reason.value for completion in completions if completion.finish_reason is not None]
     span.set_attributes(
         {
             "gen_ai.usage.input_tokens": sum(len(output.prompt_token_ids) for output in outputs),
             "gen_ai.usage.cache_read.input_tokens": sum(output.num_cached_tokens for output in outputs),
-            "gen_ai.usage.output_tokens": sum(len(completion.token_ids) for completion in completions),
+            **({"gen_ai.usage.output_tokens": sum(len(each.token_ids) for each in completions)} if has_text else {}),
             **({"gen_ai.response.finish_reasons": reasons} if reasons else {}),
         }
     )

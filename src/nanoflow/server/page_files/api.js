@@ -2,6 +2,8 @@
 
 import { kept } from "./dom.js";
 
+const CUT_OFF = "the connection ended before the answer did";
+
 /** The server refused a request, or could not be reached. */
 export class Failure extends Error {
   constructor(message, { status = 0, param = null } = {}) {
@@ -41,7 +43,10 @@ async function ask(path, { body = null, signal = null } = {}) {
 }
 
 /** The JSON document at a path. */
-export const read = async (path) => (await ask(path)).json();
+export async function read(path) {
+  const answer = await ask(path);
+  try { return await answer.json(); } catch { throw new Failure("the answer is no whole JSON document"); }
+}
 
 /** Yield the chunks of a streamed chat completion. */
 export async function* streamed(body, signal) {
@@ -52,7 +57,7 @@ export async function* streamed(body, signal) {
     if (chunk.error) throw new Failure(chunk.error.message, { param: chunk.error.param });
     yield chunk;
   }
-  throw new Failure("the connection ended before the answer did");
+  throw new Failure(CUT_OFF);
 }
 
 /** Yield the data of each server-sent event; an event ends with an empty line. */
@@ -61,7 +66,7 @@ export async function* events(stream) {
   let text = "";
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : new Failure(CUT_OFF); });
       if (done) return;
       text += value;
       const whole = text.split("\n\n");

@@ -6,6 +6,8 @@ import { byId, element, keep, kept } from "./dom.js";
 import { startPanel } from "./panel.js";
 import { startSettings } from "./settings.js";
 
+// Characters that a key may have (docs/access.md).
+const KEY = /^[\x21-\x7e]*$/;
 const isPhone = matchMedia("(max-width: 52rem)").matches;
 const isTouched = matchMedia("(pointer: coarse)").matches;
 
@@ -25,7 +27,9 @@ function startKeys() {
   const dialog = byId("keys");
   byId("keys-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    keep("key", byId("keys-text").value.trim() || null);
+    const key = byId("keys-text").value.trim();
+    if (!KEY.test(key)) { byId("keys-why").textContent = "This is no key: keys have letters, digits and signs of ASCII alone."; return; }
+    keep("key", key || null);
     byId("keys-text").value = "";
     dialog.close("given");
     showModels();
@@ -71,7 +75,8 @@ byId("hint").hidden = isTouched;
 if (!isTouched) byId("prompt").focus();
 startSettings();
 startKeys();
-const chat = new Chat(() => askForKey("The server does not know this key, or none was given."));
+const chat = new Chat(() => askForKey("The server does not know this key, or none was given."), showModels);
 startComposer();
 showModels();
 startPanel();
+addEventListener("pagehide", () => chat.save());

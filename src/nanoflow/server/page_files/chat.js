@@ -9,14 +9,18 @@ import { ModelTurn, turn } from "./turns.js";
 // An answer is drawn at most so often.
 const DRAW_MS = 60;
 
-/** The conversation of this tab. `askForKey` resolves to true once the reader has given a key. */
+// Refusals after which the same request may be answered.
+const TRY_AGAIN = [408, 429];
+
+/** The conversation of this tab. `askForKey` resolves to true once the reader has given a key; `showModels` lists models. */
 export class Chat {
-  constructor(askForKey) {
-    this.askForKey = askForKey;
+  constructor(askForKey, showModels) {
+    Object.assign(this, { askForKey, showModels });
     this.log = byId("log");
     this.speaker = new Speaker(byId("spoken"));
     this.messages = kept("messages") ?? [];
     this.abort = null;
+    this.growing = null; // the message of an answer that grows
     this.redraw();
     this.changed();
   }
@@ -51,6 +55,7 @@ export class Chat {
   /** Begin anew. */
   reset() {
     this.stop();
+    this.abort = this.growing = null;
     this.messages = [];
     this.redraw();
     this.changed();
@@ -79,8 +84,8 @@ export class Chat {
 
   /** Ask for the next message of the model and show it as it grows. */
   async answer(fields) {
-    const abort = (this.abort = new AbortController()), messages = this.messages;
-    const message = { role: "assistant", content: "", reasoning: "", tool_calls: [] }, shown = new ModelTurn();
+    const abort = (this.abort = new AbortController()), shown = new ModelTurn();
+    const message = (this.growing = { role: "assistant", content: "", reasoning: "", tool_calls: [] });
     this.tell(null);
     this.log.append(shown.node);
     this.changed();
@@ -92,10 +97,26 @@ export class Chat {
     } catch (error) {
       failure = error;
     }
-    if (this.messages !== messages) return; // a new conversation has begun
-    this.abort = null;
+    if (this.abort !== abort) return; // a new conversation has begun
+    this.abort = this.growing = null;
     this.finish(message, shown, failure, times);
-    if (failure instanceof Failure && failure.status === 401 && await this.askForKey()) this.retry();
+    if (failure instanceof Failure) this.react(failure);
+  }
+
+  /** What a failure asks for: a key, another model, or another message. */
+  async react({ status }) {
+    if (status === 401) return await this.askForKey() && this.retry();
+    if (status === 404) this.showModels();
+    if (status >= 400 && status < 500 && !TRY_AGAIN.includes(status)) this.giveBack();
+  }
+
+  /** Give a message that the server refuses back to its field: every message after it would be refused with it. */
+  giveBack() {
+    if (this.messages.at(-1)?.role !== "user") return;
+    const prompt = byId("prompt"), { content } = this.messages.pop();
+    this.log.lastChild.remove();
+    prompt.value = prompt.value ? `${content}\n${prompt.value}` : content;
+    this.changed();
   }
 
   async grow(message, shown, fields, signal, times) {
@@ -138,9 +159,10 @@ export class Chat {
     const at = shown instanceof ModelTurn ? shown : shown.turn;
     at.askForAnswers(message.tool_calls, (answers) => {
       const fields = requestFields();
-      if (!fields) return;
+      if (!fields) return false;
       message.tool_calls.forEach((call, place) => this.push(toolAnswer(call, answers[place])));
       this.answer(fields);
+      return true;
     }).focus();
   }
 
@@ -169,7 +191,14 @@ export class Chat {
     // A button that can no longer be pressed passes the focus on.
     if (this.isBusy && (focused === "send" || focused === "retry")) byId("stop").focus();
     if (!this.isBusy && focused === "stop") byId(this.messages.length ? "retry" : "prompt").focus();
-    if (!this.isBusy) keep("messages", this.messages.length ? this.messages : null);
+    this.save();
+  }
+
+  /** Keep the conversation, with what there is of an answer that grows; its calls are not whole. */
+  save() {
+    const grown = this.growing, hasText = grown?.content || grown?.reasoning;
+    const messages = hasText ? [...this.messages, { ...grown, tool_calls: [] }] : this.messages;
+    keep("messages", messages.length ? messages : null);
   }
 
   isAtEnd() { return this.log.scrollHeight - this.log.scrollTop - this.log.clientHeight < 40; }

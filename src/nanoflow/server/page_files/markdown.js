@@ -2,9 +2,12 @@
 
 import { element } from "./dom.js";
 
-const FENCE = /^\s*(```+|~~~+)\s*([\w+#.-]*)/;
+// What begins a block of code: backticks that do not end on the same line, or tildes. The same alone end it.
+const FENCE = /^\s*(?:(```+)(?=[^`]*$)|(~~~+))\s*([\w+#.-]*)/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 const MAX_INLINE = 6000;
+// A text runs as its first letter does, from the left or from the right.
+const AUTO = { dir: "auto" };
 // Lengths are bounded, so that no text takes long to search.
 const INLINE = new RegExp([
   /(`{1,9})([^`]|[^`][^]{0,2000}?[^`])\1(?!`)/, /\*\*(\S[^]{0,2000}?)\*\*/, /\*(\S[^*]{0,2000}?)\*(?!\w)/,
@@ -24,9 +27,9 @@ export function blocks(text) {
     const fence = FENCE.exec(all[at]);
     if (fence) {
       close();
-      const code = [];
-      while (++at < all.length && !all[at].trim().startsWith(fence[1])) code.push(all[at]);
-      found.push({ kind: "code", text: code.join("\n"), language: fence[2] });
+      const code = [], mark = fence[1] ?? fence[2], isEnd = (line) => line.startsWith(mark) && !line.replaceAll(mark[0], "");
+      while (++at < all.length && !isEnd(all[at].trim())) code.push(all[at]);
+      found.push({ kind: "code", text: code.join("\n"), language: fence[3] });
     } else if (all[at].trim() === "") {
       close();
     } else {
@@ -58,19 +61,19 @@ function code({ text, language }) {
 function prose(text) {
   const lines = text.split("\n");
   const heading = lines.length === 1 && /^(#{1,6})\s+(.*)$/.exec(lines[0]);
-  if (heading) return element("h3", {}, ...inline(heading[2]));
+  if (heading) return element("h3", AUTO, ...inline(heading[2]));
   if (lines.every((line) => /^\s*>/.test(line))) {
-    return element("blockquote", {}, ...inline(lines.map((line) => line.replace(/^\s*>\s?/, "")).join("\n")));
+    return element("blockquote", AUTO, ...inline(lines.map((line) => line.replace(/^\s*>\s?/, "")).join("\n")));
   }
   if (ITEM.test(lines[0])) return list(lines);
-  return element("p", {}, ...inline(text));
+  return element("p", AUTO, ...inline(text));
 }
 
 /** A list; an indented item is one of a list inside the item before it, one level deep. */
 function list(lines) {
   const kind = (mark) => (/\d/.test(mark) ? "ol" : "ul");
   const [, , mark] = ITEM.exec(lines[0]);
-  const top = element(kind(mark), /\d/.test(mark) ? { start: parseInt(mark, 10) } : {});
+  const top = element(kind(mark), /\d/.test(mark) ? { ...AUTO, start: parseInt(mark, 10) } : AUTO);
   let inner = null;
   for (const line of lines) {
     const found = ITEM.exec(line);

@@ -41,7 +41,8 @@ class Panel {
   show(now) {
     const before = this.before ?? now, iterations = now.iterations - before.iterations;
     if (iterations > 0) this.mean = `${((1000 * (now.iterations_s - before.iterations_s)) / iterations).toFixed(1)} ms`;
-    const rows = numbers(before, now, iterations > 0 || !this.mean ? this.mean : `${this.mean}, idle now`);
+    const isIdle = iterations <= 0 && !now.num_running; // an iteration may take longer than a second
+    const rows = numbers(before, now, isIdle && this.mean ? `${this.mean}, idle now` : this.mean);
     byId("numbers").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
     byId("version").textContent = `nanoflow ${now.version}`;
     if (!this.before) return;
@@ -56,6 +57,7 @@ class Panel {
         : ["This engine runs no plans."]));
     } catch (failure) {
       drawing.replaceChildren(element("p", { class: "soft" }, String(failure)));
+      return; // the next look tries again
     }
     this.digest = now.plan ?? "";
   }
@@ -71,7 +73,7 @@ export function numbers(before, now, mean) {
     ["Generated tokens/s", rate(before, now, "generation_tokens").toFixed(1)],
     ["Prompt tokens/s", rate(before, now, "prompt_tokens").toFixed(1)],
     ["Running, waiting", `${now.num_running}, ${now.num_waiting}`],
-    ["Iteration, mean time", mean ?? "idle"],
+    ["Iteration, mean time", mean ?? (now.num_running ? "–" : "idle")],
     ["Prefix cache, found", percent(now.prefix_cache_hits, now.prefix_cache_queries)],
     ...(tiers.length ? tiers.map(([name, tier]) => [`KV cache, ${name}`, used(tier)])
       : [["KV cache, pages", percent(now.kv_pages_in_use, now.kv_pages)]]),

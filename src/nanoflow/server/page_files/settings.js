@@ -13,7 +13,8 @@ const EXAMPLE = [{
 const NUMBERS = ["temperature", "max_tokens", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty"];
 const JSON_FIELDS = {
   tools: (value) => (Array.isArray(value) ? null : "a list of tools is wanted"),
-  others: (value) => (value && typeof value === "object" && !Array.isArray(value) ? null : "an object is wanted"),
+  others: (value) => (!value || typeof value !== "object" || Array.isArray(value) ? "an object is wanted"
+    : (value.n ?? 1) === 1 ? null : "this page shows one answer, so n can only be 1"),
 };
 
 /** Fill the form with what was kept, and keep what is typed. */

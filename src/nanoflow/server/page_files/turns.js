@@ -7,7 +7,7 @@ const WHO = { user: "You", assistant: "Model", tool: "Answer of a tool" };
 
 /** Show a message that does not grow. */
 export function turn(message) {
-  const text = element("div", { class: "text" }, message.content);
+  const text = element("div", { class: "text", dir: "auto" }, message.content);
   const who = message.role === "tool" && message.name ? `Answer of ${message.name}` : WHO[message.role];
   return element("article", { class: `turn ${message.role}` }, element("h2", {}, who), text);
 }
@@ -16,7 +16,7 @@ export function turn(message) {
 export class ModelTurn {
   constructor() {
     this.node = element("article", { class: "turn assistant" }, element("h2", {}, WHO.assistant));
-    this.reasoningText = element("div");
+    this.reasoningText = element("div", { dir: "auto" });
     this.reasoning = element("details", { class: "reasoning", hidden: true }, element("summary", {}, "Reasoning"), this.reasoningText);
     this.content = element("div", { class: "rendered" });
     this.calls = element("div");
@@ -37,13 +37,12 @@ export class ModelTurn {
   /** Show a line below the message. */
   note(text) { this.foot.textContent = text; }
 
-  /** Ask the reader for the answers of the tools that were called; `answer` is given them in order. */
+  /** Ask the reader for the answers of the tools that were called; `answer` is given them in order, true if it takes them. */
   askForAnswers(calls, answer) {
-    const texts = calls.map(() => element("textarea", { rows: 2, class: "code", required: true }));
+    const texts = calls.map(() => element("textarea", { rows: 2, class: "code", required: true, dir: "auto" }));
     const submit = (event) => {
       event.preventDefault();
-      form.remove();
-      answer(texts.map((text) => text.value));
+      if (answer(texts.map((text) => text.value))) form.remove();
     };
     const form = element("form", { class: "fields answers", on: { submit } },
       ...calls.map((each, at) => element("label", {}, `Answer of ${each.function.name}`, texts[at])),
