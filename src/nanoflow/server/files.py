@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect
 
 from nanoflow.server.batch_store import MAX_ROWS, BatchStore, StoredFile, new_id
-from nanoflow.server.batches import beside, owner_of, page
+from nanoflow.server.batches import beside, disk_errors, owner_of, page
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, ClientDisconnectedError, json_response
 from nanoflow.server.service import Service
 
@@ -124,7 +124,8 @@ def shown(file: StoredFile) -> dict[str, Any]:
 async def _form(request: Request) -> AsyncIterator[FormData]:
     """The form of an upload; what is long is in a temporary file until the end of the block."""
     try:
-        form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=FORM_BYTES)
+        with disk_errors():
+            form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=FORM_BYTES)
     except ClientDisconnect:
         raise ClientDisconnectedError from None
     try:
