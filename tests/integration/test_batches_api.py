@@ -221,7 +221,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 input_file_id=many.id, endpoint="/v1/completions", completion_window="24h"
             )
             failed = await ended(client, failed.id)
-            assert failed.status == "failed" and "51 lines" in failed.errors.data[0].message
+            assert (
+                failed.status == "failed"
+                and "1 to 50 requests, and this file has more" in failed.errors.data[0].message
+            )
             few = await _upload(client, [completion(str(number), max_tokens=40) for number in range(8)])
             await client.batches.create(input_file_id=few.id, endpoint="/v1/completions", completion_window="24h")
             with pytest.raises(openai.RateLimitError, match="not ended"):
@@ -267,6 +270,18 @@ def test_a_wish_to_cancel_outlives_what_the_worker_saves(tmp_path: Path, before:
     store.save(batch)
     assert batch.status == after and "cancelling_at" in json.dumps(batch.times)
     assert (found := store.batch("batch_1")) is not None and found.status == after
+
+
+def test_batches_of_one_second_keep_their_order_while_they_run(tmp_path: Path) -> None:
+    store = BatchStore.open(str(tmp_path))
+    batches = [
+        Batch(id=name, owner="", endpoint="e", input_file_id="f", completion_window="24h", created_at=1)
+        for name in "abc"
+    ]
+    for batch in (*batches, batches[0]):
+        store.save(batch)
+    assert [batch.id for batch in store.batches("", None, 9)] == ["c", "b", "a"]
+    assert (first := store.next_open()) is not None and first.id == "a"
 
 
 def test_a_batch_that_waits_behind_another_is_cancelled_at_once(tmp_path: Path) -> None:

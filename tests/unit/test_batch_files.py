@@ -72,6 +72,7 @@ def test_the_input_is_counted_and_repeated_ids_are_found(tmp_path: Path) -> None
     found = scan(path, 1000)
     assert (found.num_lines, found.num_numbers, found.num_bytes) == (7, 8, path.stat().st_size)
     assert [number for number in range(1, 9) if number in found.repeated] == [5, 6]
+    assert scan(path, 1000, max_lines=3).num_lines == 4 and scan(path, 1000, max_lines=7).sha256 == found.sha256
     read_again = list(read_lines(path, found, 1000))
     assert [line.number for line in read_again] == [1, 3, 4, 5, 6, 7, 8]
     assert [line.text is None for line in read_again] == [False] * 5 + [True, False]

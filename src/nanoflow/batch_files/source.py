@@ -82,8 +82,8 @@ class Line:
     text: bytes | None
 
 
-def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Scan:
-    """Read a file as a whole, in bounded memory.
+def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES, max_lines: int | None = None) -> Scan:
+    """Read a file as a whole, in bounded memory; one with more lines than `max_lines` only up to one more.
 
     Raises:
         OSError: It cannot be read.
@@ -106,6 +106,8 @@ def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Scan:
                     numbers.append(line.number)
             whole.update(raw)
             num_bytes += len(raw)
+            if max_lines is not None and num_lines > max_lines:
+                break
     repeated = Places(last)
     for number in _repeated(digests, np.frombuffer(numbers, dtype=np.uint64)):
         repeated.add(int(number))

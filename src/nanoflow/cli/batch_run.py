@@ -147,11 +147,12 @@ class _Run:
             served_model_name=names, max_queued_requests=_UNBOUNDED, max_queued_tokens=_UNBOUNDED
         )
         inside = InsideCalls(create_app(engine, server_config))
+        num_at_once = self.config.num_at_once or max(2 * engine.facts.max_num_seqs, _FEWEST_AT_ONCE)
         return Requests(
             call=inside.post,
             sink=self,
             repeated=self.known.repeated,
-            num_at_once=self.config.num_at_once or max(2 * engine.facts.max_num_seqs, _FEWEST_AT_ONCE),
+            num_at_once=min(num_at_once, self.known.num_lines),
             on_answer=progress.tell,
             counts=self.counts,
         )

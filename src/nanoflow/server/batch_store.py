@@ -197,8 +197,10 @@ class BatchStore:
             if before is not None and (before.status == "cancelled" or (before.status == "cancelling" and is_early)):
                 batch.status, batch.errors = before.status, before.errors
                 batch.times |= before.times
+            # Not REPLACE, which gives the row a new place among those of the same second.
             database.execute(
-                "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET status = excluded.status, record = excluded.record",
                 (
                     *(batch.id, batch.owner, batch.created_at, batch.status, batch.input_file_id),
                     msgspec.json.encode(batch).decode(),

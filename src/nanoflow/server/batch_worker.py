@@ -125,9 +125,10 @@ class _Running:
         if not source.exists():
             await self.worker.fail(batch, "file_not_found", "the input file is gone")
             return
-        known = await asyncio.to_thread(scan, source)
-        if not 0 < known.num_lines <= self.worker.max_lines:
-            message = f"a batch has 1 to {self.worker.max_lines} requests, and this file has {known.num_lines} lines"
+        most = self.worker.max_lines
+        known = await asyncio.to_thread(scan, source, max_lines=most)
+        if not 0 < known.num_lines <= most:
+            message = f"a batch has 1 to {most} requests, and this file has {'more' if known.num_lines else 'none'}"
             await self.worker.fail(batch, "invalid_file", message)
             return
         batch.total = known.num_lines
