@@ -67,6 +67,9 @@ def test_a_batch_from_the_upload_to_its_files(tmp_path: Path) -> None:
             assert [each.id for each in (await client.batches.list()).data] == [batch.id]
             assert {each.purpose for each in (await client.files.list()).data} == {"batch", "batch_output"}
             assert [each.id for each in (await client.files.list(purpose="batch")).data] == [file.id]
+            (tmp_path / "files" / file.id).unlink()
+            with pytest.raises(openai.NotFoundError, match="is gone"):
+                await client.files.content(file.id)
             assert (await client.files.delete(file.id)).deleted
             with pytest.raises(openai.NotFoundError, match="there is no file"):
                 await client.files.retrieve(file.id)

@@ -90,7 +90,10 @@ def files_router(service: Service, store: BatchStore) -> APIRouter:
     async def file_content(file_id: str, request: Request) -> Response:
         """What a file has."""
         file = await _known(service, store, request, file_id)
-        return FileResponse(store.path_of(file.id), media_type="application/octet-stream")
+        path = store.path_of(file.id)
+        if not await beside(path.exists):
+            raise ApiError(404, f"the content of the file {file.id} is gone", code="file_not_found")
+        return FileResponse(path, media_type="application/octet-stream")
 
     @router.delete(f"{PATH}/{{file_id}}")
     async def delete_file(file_id: str, request: Request) -> Response:
