@@ -103,7 +103,7 @@ def answer_all(source: Path, output: Path) -> None:
     known = scan(source)
     with Answers.open(output, Identity.of(known, "stub"), known.num_numbers) as answers:
         requests = Requests(call=answer_at_once, sink=answers, repeated=known.repeated, num_at_once=_AT_ONCE)
-        lines = (line for line in read_lines(source) if line.number not in answers.done)
+        lines = (line for line in read_lines(source, known) if line.number not in answers.done)
         asyncio.run(requests.run(look_ahead.throughput(_COST, _LOOK_AHEAD)(lines)))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from nanoflow.batch_files.answers import Answers
 from nanoflow.batch_files.options import BatchConfig
 from nanoflow.cli.batch_run import End, cost_of, run_batch
 from nanoflow.cli.main import main
@@ -71,9 +74,16 @@ def test_ctrl_c_ends_in_order_and_the_same_command_goes_on(tmp_path: Path, model
     assert answer(tmp_path, model).status == 1
 
 
-def test_an_engine_that_dies_leaves_the_rest_for_later(tmp_path: Path, model: str) -> None:
+def test_an_engine_that_dies_leaves_the_rest_for_later_and_so_does_a_full_disk(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = [completion("a"), completion("b", prompt=[CRASHING], max_tokens=3)]
     write(tmp_path / "in", lines)
+    with monkeypatch.context() as patch:
+        patch.setattr(Answers, "append", Mock(side_effect=OSError(errno.ENOSPC, "no space")))
+        end = answer(tmp_path, model, num_at_once=10**12, order="arrival")  # no more than there are lines
+    assert end.status == 1 and "no space" in end.summary and "0 of 2 lines" in end.summary
+    assert "the same command goes on" in end.summary
     end = answer(tmp_path, model, num_at_once=1, order="arrival")
     assert end.status == 1 and "nanoflow: error: " in end.summary and "1 of 2 lines" in end.summary
     assert [line["custom_id"] for line in read(tmp_path / "out")] == ["a"]
@@ -86,6 +96,8 @@ def test_an_engine_that_dies_leaves_the_rest_for_later(tmp_path: Path, model: st
         (["in", "-o", "in"], "in is the input"),
         (["in", "-o", "no/out"], "no is no folder"),
         (["in", "-o", "."], "it is no file"),
+        (["in", "-o", "-"], "answers go to a file"),
+        ([".", "-o", "out"], ". is no file: a batch is read twice"),
         (["in", "-o", "text"], "text exists and has no text.batch beside it"),
         (["in", "-o", "out", "--look-ahead", "0"], "look_ahead must be positive"),
     ],

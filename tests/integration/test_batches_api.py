@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
 import pytest
 
+from nanoflow.batch_files.answers import Answers
 from nanoflow.server.batch_store import Batch, BatchStore
 from nanoflow.server.gate import Gate, restarting
 from tests.batches import CHAT, completion, ended, read, server
@@ -63,6 +67,9 @@ def test_a_batch_from_the_upload_to_its_files(tmp_path: Path) -> None:
             assert [each.id for each in (await client.batches.list()).data] == [batch.id]
             assert {each.purpose for each in (await client.files.list()).data} == {"batch", "batch_output"}
             assert [each.id for each in (await client.files.list(purpose="batch")).data] == [file.id]
+            (tmp_path / "files" / file.id).unlink()
+            with pytest.raises(openai.NotFoundError, match="is gone"):
+                await client.files.content(file.id)
             assert (await client.files.delete(file.id)).deleted
             with pytest.raises(openai.NotFoundError, match="there is no file"):
                 await client.files.retrieve(file.id)
@@ -217,7 +224,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
                 input_file_id=many.id, endpoint="/v1/completions", completion_window="24h"
             )
             failed = await ended(client, failed.id)
-            assert failed.status == "failed" and "51 lines" in failed.errors.data[0].message
+            assert (
+                failed.status == "failed"
+                and "1 to 50 requests, and this file has more" in failed.errors.data[0].message
+            )
             few = await _upload(client, [completion(str(number), max_tokens=40) for number in range(8)])
             await client.batches.create(input_file_id=few.id, endpoint="/v1/completions", completion_window="24h")
             with pytest.raises(openai.RateLimitError, match="not ended"):
@@ -248,16 +258,88 @@ def test_one_process_runs_the_batches_of_a_folder(tmp_path: Path) -> None:
     other.release()
 
 
-def test_a_wish_to_cancel_outlives_what_the_worker_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after"), [("validating", "cancelled"), ("in_progress", "cancelling")])
+def test_a_wish_to_cancel_outlives_what_the_worker_saves(tmp_path: Path, before: str, after: str) -> None:
     store = BatchStore.open(str(tmp_path))
     batch = Batch(
         id="batch_1", owner="", endpoint="e", input_file_id="f", completion_window="24h", created_at=1, total=3
     )
+    batch.enter(before)
     store.save(batch)
     assert store.cancel("batch_1", "another") is None
     cancelled = store.cancel("batch_1", "")
-    assert cancelled is not None and cancelled.status == "cancelling"
+    assert cancelled is not None and cancelled.status == after
     batch.enter("in_progress")
     store.save(batch)
-    assert batch.status == "cancelling" and "cancelling_at" in json.dumps(batch.times)
-    assert (found := store.batch("batch_1")) is not None and found.status == "cancelling"
+    assert batch.status == after and "cancelling_at" in json.dumps(batch.times)
+    assert (found := store.batch("batch_1")) is not None and found.status == after
+
+
+def test_batches_of_one_second_keep_their_order_while_they_run(tmp_path: Path) -> None:
+    store = BatchStore.open(str(tmp_path))
+    batches = [
+        Batch(id=name, owner="", endpoint="e", input_file_id="f", completion_window="24h", created_at=1)
+        for name in "abc"
+    ]
+    for batch in (*batches, batches[0]):
+        store.save(batch)
+    assert [batch.id for batch in store.batches("", None, 9)] == ["c", "b", "a"]
+    assert (first := store.next_open()) is not None and first.id == "a"
+
+
+def test_a_batch_that_waits_behind_another_is_cancelled_at_once(tmp_path: Path) -> None:
+    async def go() -> None:
+        engine = FakeAsyncEngine(step_s=0.05)
+        async with server(engine, tmp_path) as client_of:
+            client = client_of("none")
+            files = [await _upload(client, [completion(name, max_tokens=4)] * 20) for name in "ab"]
+            first, second = [
+                await client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+                for file in files
+            ]
+            assert (await client.batches.cancel(second.id)).status == "cancelled"
+            assert (await client.files.delete(files[1].id)).deleted
+            assert (await client.batches.cancel(first.id)).status in ("cancelling", "cancelled")
+            assert (await ended(client, first.id)).status == "cancelled"
+            assert (await client.batches.retrieve(second.id)).status == "cancelled"
+
+    asyncio.run(go())
+
+
+def test_a_full_disk_stops_batches_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an answer nor the state of a batch can be written for a while; no batch fails, and the worker lives."""
+    num_left = {"append": 3, "save": 3}
+
+    def full(name: str, real: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            is_full = num_left[name] > 0 and (name == "append" or args[1].status == "in_progress")
+            if is_full:
+                num_left[name] -= 1
+                raise error
+            return real(*args)
+
+        return call
+
+    no_room = sqlite3.OperationalError("database or disk is full")
+    no_room.sqlite_errorcode = sqlite3.SQLITE_FULL
+    monkeypatch.setattr(Answers, "append", full("append", Answers.append, OSError(errno.ENOSPC, "no space")))
+    monkeypatch.setattr(BatchStore, "save", full("save", BatchStore.save, no_room))
+    monkeypatch.setattr("nanoflow.server.batch_worker._DISK_S", 0.01)
+
+    async def go() -> None:
+        async with server(FakeAsyncEngine(), tmp_path) as client_of:
+            client = client_of("none")
+            file = await _upload(client, [completion(str(number)) for number in range(5)])
+            batch = await client.batches.create(
+                input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+            )
+            batch = await ended(client, batch.id)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 5)
+            assert num_left == {"append": 0, "save": 0}
+            for wrong in (OSError(errno.ENOSPC, "no space"), no_room):
+                monkeypatch.setattr(BatchStore, "add_file", Mock(side_effect=wrong))
+                with pytest.raises(openai.InternalServerError, match="disk is full") as caught:
+                    await _upload(client, [b"a"])
+                assert caught.value.status_code == 507
+
+    asyncio.run(go())

@@ -37,8 +37,9 @@ def test_rooms_are_counted_until_they_end() -> None:
         assert caught.value.status == 429
         assert caught.value.headers == {"retry-after": "1"}
         assert "10" in caught.value.message
-        with pytest.raises(ApiError, match="tokens of prompts"), door.room(0, 51):
+        with pytest.raises(ApiError, match="tokens of prompts") as caught, door.room(0, 51):
             pass
+        assert caught.value.status == 429
         with door.room(3, 50):
             assert ledger.total() == (10, 100)
     assert ledger.total() == (0, 0)
@@ -52,6 +53,17 @@ def test_calls_of_priority_batch_leave_half_of_the_room_to_others() -> None:
             with pytest.raises(ApiError, match="no room"):
                 door.check(*more, is_background=True)
         door.check(5, 60)
+
+
+@pytest.mark.parametrize("is_background", [False, True])
+def test_a_call_for_which_there_never_will_be_room_is_not_told_to_try_again(is_background: bool) -> None:
+    door = admission(Ledger(), max_queued_requests=6, max_queued_tokens=100)
+    part = 2 if is_background else 1
+    door.check(10 // part, 100 // part, is_background=is_background)
+    for more in ((10 // part + 1, 0), (0, 100 // part + 1)):
+        with pytest.raises(ApiError, match="and the server takes at most") as caught:
+            door.check(*more, is_background=is_background)
+        assert (caught.value.status, caught.value.headers) == (400, None)
 
 
 def test_all_processes_count_and_dead_ones_do_not() -> None:
@@ -112,7 +124,7 @@ def test_tokens_of_prompts_count_once_a_completion() -> None:
             bodies = ({"prompt": [1] * 10, "n": 4}, {"prompt": [1] * 11, "n": 4}, {"prompt": [[1] * 10] * 5})
             return [(await client.post("/v1/completions", json=body)).status_code for body in bodies]
 
-    assert asyncio.run(run()) == [200, 429, 429]
+    assert asyncio.run(run()) == [200, 400, 400]
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -72,7 +72,8 @@ def test_the_input_is_counted_and_repeated_ids_are_found(tmp_path: Path) -> None
     found = scan(path, 1000)
     assert (found.num_lines, found.num_numbers, found.num_bytes) == (7, 8, path.stat().st_size)
     assert [number for number in range(1, 9) if number in found.repeated] == [5, 6]
-    read_again = list(read_lines(path, 1000))
+    assert scan(path, 1000, max_lines=3).num_lines == 4 and scan(path, 1000, max_lines=7).sha256 == found.sha256
+    read_again = list(read_lines(path, found, 1000))
     assert [line.number for line in read_again] == [1, 3, 4, 5, 6, 7, 8]
     assert [line.text is None for line in read_again] == [False] * 5 + [True, False]
     assert read_request(read_again[0].text or b"").custom_id == "a"
@@ -81,7 +82,25 @@ def test_the_input_is_counted_and_repeated_ids_are_found(tmp_path: Path) -> None
 def test_a_long_line_without_an_end_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_bytes(completion("a") + b"\n" + b"x" * 5000)
-    assert scan(path, 1000).num_lines == 2 and [line.text is None for line in read_lines(path, 1000)] == [False, True]
+    known = scan(path, 1000)
+    assert known.num_lines == 2 and [line.text is None for line in read_lines(path, known, 1000)] == [False, True]
+
+
+@pytest.mark.parametrize("size", [0, 50, 5000])
+def test_an_input_that_changes_while_it_is_answered_ends_the_run(tmp_path: Path, size: int) -> None:
+    path = write(tmp_path / "in", [completion("a" * 400, prompt="b" * 10_000)] * 2)
+    known = scan(path)
+    lines = read_lines(path, known)
+    assert next(lines).number == 1
+    os.truncate(path, size)
+    sink = Sink()
+
+    async def call(_: str, __: bytes) -> Answer:
+        return OK
+
+    with pytest.raises(ConfigError, match="has changed while it was answered"):
+        asyncio.run(Requests(call=call, sink=sink, repeated=Places(2), num_at_once=3).run(lines))
+    assert not sink.lines
 
 
 def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path: Path) -> None:
@@ -118,6 +137,7 @@ def test_the_output_goes_on_after_a_cut_at_any_byte(tmp_path: Path) -> None:
         (lambda folder: (folder / "in").write_bytes(b"other\n"), "answers to another input"),
         (lambda folder: beside_of(folder / "out").unlink(), "not from a batch"),
         (lambda folder: beside_of(folder / "out").write_bytes(b"{"), "cannot be read"),
+        (lambda folder: beside_of(folder / "out").write_bytes(b"mine"), "has something else"),
         (lambda folder: (folder / "out").open("ab").write(b"hello\n"), "line 2 of .*no answer"),
         (lambda folder: (folder / "out").open("ab").write(b'{"id":"batch_req_9"}\n'), "it answers line 9"),
         (lambda folder: (folder / "out").open("ab").write(b'{"id":"batch_req_0"}\n'), "it answers line 0"),
@@ -137,6 +157,21 @@ def test_an_output_of_something_else_is_refused_and_left_alone(
         with pytest.raises(ConfigError, match=says):
             opened(tmp_path, text=text)
     assert (tmp_path / "out").read_bytes() == before
+
+
+def test_a_file_that_is_not_from_a_batch_is_never_written_over(tmp_path: Path) -> None:
+    """Where the output is, or the file beside it; the input itself may be there."""
+    path = write(tmp_path / "jobs.batch", [completion("a")])
+    before, known = path.read_bytes(), scan(path)
+    with pytest.raises(ConfigError, match="and has something else"):
+        Answers.open(tmp_path / "jobs", Identity.of(known, "m"), known.num_numbers)
+    assert path.read_bytes() == before
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="pipe is no file"):
+        Answers.open(tmp_path / "pipe", Identity.of(known, "m"), known.num_numbers)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["jobs.batch", "pipe"]
+    beside_of(tmp_path / "out").write_bytes(b'{"sha256":"46')  # cut off by a kill
+    Answers.open(tmp_path / "out", Identity.of(known, "m"), known.num_numbers).close()
 
 
 def test_another_model_and_another_process_are_refused(tmp_path: Path) -> None:
@@ -161,6 +196,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(os, "write", full)
         with pytest.raises(OSError, match="No space"):
             answers.append(2, answer_line(2, "b", OK))
+        assert 2 not in answers.done
         monkeypatch.undo()
     assert [answered(line) for line in (tmp_path / "out").read_bytes().splitlines()] == [(1, True)]
 

@@ -27,6 +27,7 @@ from nanoflow.option import ConfigError
 
 SYNC_S = 1.0
 _PIECE_BYTES = 1 << 16
+_BEGINNING = b'{"sha256":"'
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,8 +77,9 @@ class Answers:
             OSError: It cannot be written.
         """
         beside = beside_of(path)
-        has_content = path.exists() and path.stat().st_size > 0
-        if has_content and not beside.exists():
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is no file: answers are read again when a batch goes on after an interruption")
+        if _has_content(path) and not beside.exists():
             raise ConfigError(f"{path} exists and has no {beside.name} beside it: it is not from a batch; give another")
         lock = os.open(beside, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -85,7 +87,7 @@ class Answers:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another process writes answers to {path}") from None
-            _identify(lock, beside, path, identity, has_content=has_content)
+            _identify(lock, beside, path, identity)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
                 found = _read(file, path, num_numbers)
@@ -110,7 +112,7 @@ class Answers:
         Raises:
             OSError: It cannot be written, as on a full disk. Nothing of the line is left then.
         """
-        if not self.done.add(number):
+        if number in self.done:
             return False
         data = memoryview(line.encode())
         try:
@@ -121,6 +123,7 @@ class Answers:
             with suppress(OSError):
                 os.ftruncate(self._file, self._size)
             raise
+        self.done.add(number)
         self._size += len(data)
         self.num_failed += line.response is None or line.response.status_code != OK
         self._is_synced = False
@@ -149,16 +152,26 @@ def beside_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.batch")
 
 
-def _identify(lock: int, beside: Path, path: Path, identity: Identity, *, has_content: bool) -> None:
-    """Compare with what the file beside the output says, or write it if there is no answer yet."""
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _identify(lock: int, beside: Path, path: Path, identity: Identity) -> None:
+    """Compare with what the file beside the output says, or write it if there is no answer yet.
+
+    A file of somebody else with that name, which may be the input, is never written to. What was cut off while it was
+    written is ours.
+    """
     told = os.pread(lock, _PIECE_BYTES, 0)
+    if told[: len(_BEGINNING)] != _BEGINNING[: len(told)]:
+        raise ConfigError(f"{beside} is needed beside {path}, and has something else; give another output")
     try:
         found = msgspec.json.decode(told, type=Identity)
     except msgspec.DecodeError:
         found = None
     if found == identity:
         return
-    if not has_content:
+    if not _has_content(path):
         # Nothing is lost: there is no answer yet.
         os.ftruncate(lock, 0)
         os.pwrite(lock, msgspec.json.encode(identity) + b"\n", 0)

@@ -26,6 +26,7 @@ from nanoflow.batch_files.lines import (
     refusal,
 )
 from nanoflow.batch_files.source import Line, Places
+from nanoflow.option import ConfigError
 
 Call = Callable[[str, bytes], Awaitable[Answer]]
 """Answers a body sent to a path."""
@@ -105,6 +106,7 @@ class Requests:
 
         Raises:
             UnavailableError: The engine has ended. Requests under way are dropped; answers so far are in the sink.
+            ConfigError: The input has changed.
             OSError: The sink cannot take more.
         """
         held = _Held(MAX_HELD_BYTES)
@@ -112,7 +114,7 @@ class Requests:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self.num_at_once):
                     group.create_task(self._work(lines, held))
-        except* (UnavailableError, OSError) as problems:
+        except* (UnavailableError, ConfigError, OSError) as problems:
             raise _first_of(problems) from None
 
     async def _work(self, lines: Iterator[Line], held: _Held) -> None:

@@ -8,6 +8,7 @@ reads it again, lazily.
 from __future__ import annotations
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from nanoflow.batch_files.lines import custom_id_of
 from nanoflow.option import ConfigError
 
+Stamp = tuple[int, int]
 MAX_LINE_BYTES = 9 * 2**20
 _DIGEST_BYTES = 16
 
@@ -61,6 +63,7 @@ class Scan:
         num_lines: Lines that are not blank: those that get an answer.
         num_numbers: Lines, blank ones too: the largest number of a line.
         repeated: Numbers of the lines whose custom_id a line before them has.
+        stamp: Size and time of the last change when it was opened; another one means that it has changed since.
     """
 
     sha256: str
@@ -68,6 +71,7 @@ class Scan:
     num_lines: int
     num_numbers: int
     repeated: Places
+    stamp: Stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +82,8 @@ class Line:
     text: bytes | None
 
 
-def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Scan:
-    """Read a file as a whole, in bounded memory.
+def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES, max_lines: int | None = None) -> Scan:
+    """Read a file as a whole, in bounded memory; one with more lines than `max_lines` only up to one more.
 
     Raises:
         OSError: It cannot be read.
@@ -90,6 +94,7 @@ def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Scan:
     whole, digests, numbers = hashlib.sha256(), bytearray(), array("Q")
     num_bytes = num_lines = last = 0
     with path.open("rb") as file:
+        stamp = _stamp(file)
         for line, raw in _lines(file, max_line_bytes):
             if line is not None:
                 last = line.number
@@ -101,18 +106,46 @@ def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Scan:
                     numbers.append(line.number)
             whole.update(raw)
             num_bytes += len(raw)
+            if max_lines is not None and num_lines > max_lines:
+                break
     repeated = Places(last)
     for number in _repeated(digests, np.frombuffer(numbers, dtype=np.uint64)):
         repeated.add(int(number))
-    return Scan(sha256=whole.hexdigest(), num_bytes=num_bytes, num_lines=num_lines, num_numbers=last, repeated=repeated)
+    return Scan(
+        sha256=whole.hexdigest(),
+        num_bytes=num_bytes,
+        num_lines=num_lines,
+        num_numbers=last,
+        repeated=repeated,
+        stamp=stamp,
+    )
 
 
-def read_lines(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
-    """The lines of a file that are not blank, in order, read as they are asked for."""
+def read_lines(path: Path, known: Scan, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """The lines of a file that are not blank, in order, read as they are asked for.
+
+    Raises:
+        ConfigError: It has changed since it was scanned, so that its lines are not those that are known.
+    """
     with path.open("rb") as file:
         for line, _ in _lines(file, max_line_bytes):
+            _check_unchanged(file, path, known)
             if line is not None and (line.text is None or line.text.strip()):
                 yield line
+        _check_unchanged(file, path, known)  # it may have become shorter
+
+
+def _check_unchanged(file: BinaryIO, path: Path, known: Scan) -> None:
+    if _stamp(file) != known.stamp:
+        raise ConfigError(
+            f"{path} has changed while it was answered: the answers so far are those of its earlier content; put that "
+            "back to go on, or give another output"
+        )
+
+
+def _stamp(file: BinaryIO) -> Stamp:
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns
 
 
 def _lines(file: BinaryIO, most: int) -> Iterator[tuple[Line | None, bytes]]:

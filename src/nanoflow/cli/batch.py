@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     engine_config, config = _ENGINE.read(args), _BATCH.read(args)
     source: Path = args.input
     output: Path = args.output
-    if not source.is_file():
+    if not source.exists():
         raise ConfigError(f"there is no file {source}: give one with a request a line")
+    if output == Path("-"):
+        raise ConfigError("answers go to a file, from which an interrupted batch goes on; give its name, not -")
     if output.is_dir() or not output.parent.is_dir():
         raise ConfigError(
             f"cannot write {output}: {'it' if output.is_dir() else output.parent} is no "

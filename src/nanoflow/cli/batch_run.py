@@ -66,9 +66,10 @@ def run_batch(
         engine_module: What the engine's process runs; tests have engines of their own.
 
     Raises:
-        ConfigError: The output has something else, or another process writes to it.
+        ConfigError: The output has something else, another process writes to it, or the input changes; answers so far
+            are kept.
         EngineError: The engine cannot start.
-        OSError: A file cannot be read or written; answers so far are kept.
+        OSError: A file cannot be read or opened.
         KeyboardInterrupt: Ctrl-C has ended the run; answers so far are kept.
     """
     start_logging("warning", "nanoflow batch")
@@ -133,7 +134,7 @@ class _Run:
         progress = Progress(self.known.num_lines, len(self.answers.done), is_shown=self.config.progress)
         try:
             await self._requests(engine, progress).run(self._order(engine)(self._unanswered()))
-        except UnavailableError as error:
+        except (UnavailableError, OSError) as error:
             self.problem = str(error)
         finally:
             progress.close()
@@ -146,11 +147,12 @@ class _Run:
             served_model_name=names, max_queued_requests=_UNBOUNDED, max_queued_tokens=_UNBOUNDED
         )
         inside = InsideCalls(create_app(engine, server_config))
+        num_at_once = self.config.num_at_once or max(2 * engine.facts.max_num_seqs, _FEWEST_AT_ONCE)
         return Requests(
             call=inside.post,
             sink=self,
             repeated=self.known.repeated,
-            num_at_once=self.config.num_at_once or max(2 * engine.facts.max_num_seqs, _FEWEST_AT_ONCE),
+            num_at_once=min(num_at_once, self.known.num_lines),
             on_answer=progress.tell,
             counts=self.counts,
         )
@@ -164,7 +166,7 @@ class _Run:
 
     def _unanswered(self) -> Iterator[Line]:
         done = self.answers.done
-        return (line for line in read_lines(self.source) if line.number not in done)
+        return (line for line in read_lines(self.source, self.known) if line.number not in done)
 
     def _order(self, engine: AsyncEngine) -> look_ahead.Order:
         if self.config.order == "arrival":

@@ -70,7 +70,7 @@ class Admission:
             is_background: The call has the priority "batch".
 
         Raises:
-            ApiError: There is no room (429); the answer says when to try again.
+            ApiError: There is no room (429), and the answer says when to try again; or never will be (400).
         """
         self.check(num_completions, num_tokens, is_background=is_background)
         self.ledger.add(num_completions, num_tokens)
@@ -82,7 +82,9 @@ class Admission:
     def check(self, num_completions: int, num_tokens: int = 0, *, is_background: bool = False) -> None:
         """Refuse a call if there is no room for it (429), without counting it.
 
-        Calls of priority "batch" find room only while less than half of it is taken: the rest is for others.
+        Calls of priority "batch" find room only while less than half of it is taken: the rest is for others. A call
+        that would find none in an empty server either is refused for good (400), as a batch asks again until it is
+        taken.
         """
         completions, tokens = self.ledger.total()
         part = _BACKGROUND_PART if is_background else 1
@@ -91,6 +93,10 @@ class Admission:
             (completions, num_completions, max(most // part, 1), "completions"),
             (tokens, num_tokens, self.bounds.max_queued_tokens // part, "tokens of prompts"),
         ):
+            if more > limit:
+                whose = " of a call of priority batch" if is_background else ""
+                message = f"the call has {more} {what}, and the server takes at most {limit}{whose}"
+                raise ApiError(400, message, code="too_large")
             if more and count + more > limit:
                 message = f"the server has {count} {what} and takes at most {limit}: no room for {more} more"
                 raise ApiError(

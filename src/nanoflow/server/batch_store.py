@@ -11,6 +11,7 @@ its row only once it is whole on the disk. What a crash leaves without a row is 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import sqlite3
 import time
@@ -192,11 +193,14 @@ class BatchStore:
             database.execute("BEGIN IMMEDIATE")
             found = database.execute("SELECT record FROM batches WHERE id = ?", (batch.id,)).fetchone()
             before = None if found is None else _batch(found[0])
-            if before is not None and before.status == "cancelling" and batch.status in ("validating", "in_progress"):
-                batch.status = before.status
+            is_early = batch.status in ("validating", "in_progress")
+            if before is not None and (before.status == "cancelled" or (before.status == "cancelling" and is_early)):
+                batch.status, batch.errors = before.status, before.errors
                 batch.times |= before.times
+            # Not REPLACE, which gives the row a new place among those of the same second.
             database.execute(
-                "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET status = excluded.status, record = excluded.record",
                 (
                     *(batch.id, batch.owner, batch.created_at, batch.status, batch.input_file_id),
                     msgspec.json.encode(batch).decode(),
@@ -204,7 +208,10 @@ class BatchStore:
             )
 
     def cancel(self, batch_id: str, owner: str) -> Batch | None:
-        """Wish that a batch ends; one that has ended, or is about to, stays as it is."""
+        """Wish that a batch ends, which is done at once if it has not begun.
+
+        One that has ended, or is about to, stays as it is.
+        """
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
             query = "SELECT record FROM batches WHERE id = ? AND owner = ?"
@@ -213,7 +220,10 @@ class BatchStore:
                 return None
             batch = _batch(found[0])
             if batch.status in ("validating", "in_progress"):
+                has_begun = batch.status == "in_progress"
                 batch.enter("cancelling")
+                if not has_begun:
+                    batch.enter("cancelled")
                 database.execute(
                     "UPDATE batches SET status = ?, record = ? WHERE id = ?",
                     (batch.status, msgspec.json.encode(batch).decode(), batch.id),
@@ -268,6 +278,13 @@ def new_id(kind: str) -> str:
 
 def _batch(record: str) -> Batch:
     return msgspec.json.decode(record, type=Batch)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True if something could not be kept because there is no room on the disk."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def error_list(batch: Batch) -> Mapping[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from nanoflow.batch_files.requests import Counts, Requests, UnavailableError
 from nanoflow.batch_files.source import Line, Scan, read_lines, scan
 from nanoflow.priorities import BATCH
 from nanoflow.server.app import Application
-from nanoflow.server.batch_store import Batch, BatchStore, StoredFile
+from nanoflow.server.batch_store import Batch, BatchStore, StoredFile, is_disk_full
 from nanoflow.server.files import ANSWERS
 from nanoflow.server.gate import Gate
 from nanoflow.server.inside import InsideCalls
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.25
 _SAVE_S = 1.0
 _CLAIM_S = 2.0
+_DISK_S = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,29 +56,46 @@ class BatchWorker:
     max_lines: int
 
     async def run(self) -> None:
-        """Run every batch that there is and that comes, once no other server runs those of this folder."""
-        while not self.store.claim():
-            await asyncio.sleep(_CLAIM_S)
+        """Run every batch that there is and that comes, once no other server runs those of this folder.
+
+        Where the disk is full or the database cannot be written, all of them wait until it can: no batch fails, and
+        no answer is lost.
+        """
         try:
-            await asyncio.to_thread(self.store.sweep)
-            await self._run_all()
+            is_claimed = False
+            while True:
+                try:
+                    is_claimed = is_claimed or await self._claimed()
+                    await asyncio.sleep(_CLAIM_S if not is_claimed else 0.0 if await self._run_next() else _POLL_S)
+                except (OSError, sqlite3.Error) as error:
+                    logger.warning("batches wait, and try again in %d s: %s", _DISK_S, error)
+                    await asyncio.sleep(_DISK_S)
         finally:
             self.store.release()
 
-    async def _run_all(self) -> None:
-        while True:
-            batch = await asyncio.to_thread(self.store.next_open) if self.gate.closed is None else None
-            if batch is None:
-                await asyncio.sleep(_POLL_S)
-                continue
-            try:
-                await _Running(worker=self, batch=batch).run()
-            except UnavailableError as error:
-                logger.warning("batch %s waits: %s", batch.id, error)
-                await asyncio.sleep(_SAVE_S)
-            except Exception as error:
-                logger.exception("batch %s has failed", batch.id)
-                await self.fail(batch, "internal_error", f"the batch cannot be run: {type(error).__name__}")
+    async def _claimed(self) -> bool:
+        """Become the process that runs batches; False if another one is."""
+        if not self.store.claim():
+            return False
+        await asyncio.to_thread(self.store.sweep)
+        return True
+
+    async def _run_next(self) -> bool:
+        """Run the oldest batch that has not ended; False if there is none that may run now."""
+        batch = await asyncio.to_thread(self.store.next_open) if self.gate.closed is None else None
+        if batch is None:
+            return False
+        try:
+            await _Running(worker=self, batch=batch).run()
+        except UnavailableError as error:
+            logger.warning("batch %s waits: %s", batch.id, error)
+            await asyncio.sleep(_SAVE_S)
+        except Exception as error:
+            if is_disk_full(error) or isinstance(error, sqlite3.Error):
+                raise
+            logger.exception("batch %s has failed", batch.id)
+            await self.fail(batch, "internal_error", f"the batch cannot be run: {type(error).__name__}")
+        return True
 
     async def fail(self, batch: Batch, code: str, message: str) -> None:
         """End a batch that cannot be run."""
@@ -106,15 +125,18 @@ class _Running:
         if not source.exists():
             await self.worker.fail(batch, "file_not_found", "the input file is gone")
             return
-        known = await asyncio.to_thread(scan, source)
-        if not 0 < known.num_lines <= self.worker.max_lines:
-            message = f"a batch has 1 to {self.worker.max_lines} requests, and this file has {known.num_lines} lines"
+        most = self.worker.max_lines
+        known = await asyncio.to_thread(scan, source, max_lines=most)
+        if not 0 < known.num_lines <= most:
+            message = f"a batch has 1 to {most} requests, and this file has {'more' if known.num_lines else 'none'}"
             await self.worker.fail(batch, "invalid_file", message)
             return
         batch.total = known.num_lines
         if batch.status == "validating":
             batch.enter("in_progress")
             await asyncio.to_thread(store.save, batch)
+        if batch.status == "cancelled":  # before it began
+            return
         if batch.status != "finalizing":
             await self._answer(source, known)
         is_cancelled = batch.status == "cancelling"
@@ -143,7 +165,7 @@ class _Running:
                 urls=(batch.endpoint,),
                 counts=self.counts,
             )
-            lines = _unanswered(source, answers)
+            lines = _unanswered(source, known, answers)
             task = asyncio.create_task(requests.run(lines))
             try:
                 while batch.status != "cancelling" and not task.done():
@@ -199,8 +221,8 @@ class _Running:
         return file_id
 
 
-def _unanswered(source: Path, answers: Answers) -> Iterator[Line]:
-    return (line for line in read_lines(source) if line.number not in answers.done)
+def _unanswered(source: Path, known: Scan, answers: Answers) -> Iterator[Line]:
+    return (line for line in read_lines(source, known) if line.number not in answers.done)
 
 
 def _write_out(target: BinaryIO) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from nanoflow.batch_files.lines import URLS
-from nanoflow.server.batch_store import MAX_ROWS, Batch, BatchStore, error_list, new_id
+from nanoflow.server.batch_store import MAX_ROWS, Batch, BatchStore, error_list, is_disk_full, new_id
 from nanoflow.server.bodies import BodyRoute
 from nanoflow.server.body import RequestBody, Text
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, json_response
@@ -82,8 +84,20 @@ def batches_off_router() -> APIRouter:
 
 
 async def beside(work: Callable[..., T], *args: Any) -> T:
-    """Run something that waits for the disk in a thread."""
-    return await asyncio.to_thread(work, *args)
+    """Run something that waits for the disk in a thread; ApiError (507) if the disk is full."""
+    with disk_errors():
+        return await asyncio.to_thread(work, *args)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns the failure of a full disk into an ApiError (507)."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if not is_disk_full(error):
+            raise
+        raise ApiError(507, "the server's disk is full", code="no_room") from None
 
 
 def owner_of(service: Service, request: Request) -> str:

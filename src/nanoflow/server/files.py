@@ -16,7 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import ClientDisconnect
 
 from nanoflow.server.batch_store import MAX_ROWS, BatchStore, StoredFile, new_id
-from nanoflow.server.batches import beside, owner_of, page
+from nanoflow.server.batches import beside, disk_errors, owner_of, page
 from nanoflow.server.errors import ERROR_RESPONSES, ApiError, ClientDisconnectedError, json_response
 from nanoflow.server.service import Service
 
@@ -90,7 +90,10 @@ def files_router(service: Service, store: BatchStore) -> APIRouter:
     async def file_content(file_id: str, request: Request) -> Response:
         """What a file has."""
         file = await _known(service, store, request, file_id)
-        return FileResponse(store.path_of(file.id), media_type="application/octet-stream")
+        path = store.path_of(file.id)
+        if not await beside(path.exists):
+            raise ApiError(404, f"the content of the file {file.id} is gone", code="file_not_found")
+        return FileResponse(path, media_type="application/octet-stream")
 
     @router.delete(f"{PATH}/{{file_id}}")
     async def delete_file(file_id: str, request: Request) -> Response:
@@ -124,7 +127,8 @@ def shown(file: StoredFile) -> dict[str, Any]:
 async def _form(request: Request) -> AsyncIterator[FormData]:
     """The form of an upload; what is long is in a temporary file until the end of the block."""
     try:
-        form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=FORM_BYTES)
+        with disk_errors():
+            form = await request.form(max_files=1, max_fields=_MAX_FIELDS, max_part_size=FORM_BYTES)
     except ClientDisconnect:
         raise ClientDisconnectedError from None
     try:
