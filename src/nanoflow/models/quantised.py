@@ -106,6 +106,16 @@ def quant_method_of(values: Mapping[str, Any]) -> str | None:
     return method.lower() if isinstance(method, str) else None
 
 
+def has_mxfp4(quantization: str, quant_method: str | None) -> bool:
+    """Whether experts are in MXFP4 with such an option: if it says so, and beside FP8 if they are stored so.
+
+    Args:
+        quantization: "none", "fp8" or "mxfp4".
+        quant_method: As `quant_method_of`.
+    """
+    return quantization == "mxfp4" or (quantization == "fp8" and quant_method == "mxfp4")
+
+
 def _read(fields: Fields, method: str) -> Quantisation:
     if method.lower() not in _METHODS:
         raise fields.problem(_advice(method))
