@@ -16,7 +16,7 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 from safetensors.torch import load_file, save_file
 
 from nanoflow.cli.main import main
-from nanoflow.config import EngineConfig
+from nanoflow.config import EngineConfig, Quantization
 from nanoflow.engine import precision
 from nanoflow.graph.experts import ClampedSwiglu
 from nanoflow.graph.graph import GraphError, OpGraph
@@ -268,11 +268,12 @@ def test_what_analyze_counts_is_what_is_served(
     for name in ("multiplies_fp8", "unpacks_mxfp4"):
         monkeypatch.setattr(precision, name, lambda *_: True)
     model = preset_config("gpt-oss-20b")
-    for analyzed, served, forms in (
+    cases: tuple[tuple[str, Quantization, str], ...] = (
         ("none", "none", "16 bits"),
         ("mxfp4", "auto", "MXFP4 and 16 bits"),
         ("fp8", "fp8", "FP8, MXFP4 and 16 bits"),
-    ):
+    )
+    for analyzed, served, forms in cases:
         config = EngineConfig(model="preset:gpt-oss-20b", device="cpu", quantization=served)
         graph, _ = precision.graph_of(config, model, None, torch.bfloat16, CPU)
         assert main(["analyze", config.model, "--gpu", "h200", "--quantization", analyzed]) == 0
