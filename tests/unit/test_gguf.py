@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
 from nanoflow.models.ggml import rows_of_blocks
 from nanoflow.models.gguf_file import TYPES, read_gguf
+from nanoflow.models.gguf_model import gguf_config
 from nanoflow.models.locate import locate_model
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import check_weights, load_weights
@@ -196,10 +198,12 @@ def _expect(file: Path, message: str) -> None:
     [
         ({".block_count": None}, "llama: field 'block_count' is missing"),
         ({".attention.head_count": [4, 4]}, "field 'attention.head_count' must be a positive integer, got [4, 4]"),
-        ({".expert_count": 8}, "'llama.expert_count' is 8: this kind of llama model is not served"),
-        ({".attention.scale": 0.5}, "'llama.attention.scale' is 0.5: this kind of llama model is not served"),
+        ({".expert_count": 8}, "'llama.expert_count' is 8: this kind of llama model is not read from GGUF"),
+        ({".attention.scale": 0.5}, "'llama.attention.scale' is 0.5: this kind of llama model is not read from GGUF"),
         ({".attention.causal": False}, "only causal attention is served"),
         ({".rope.scaling.type": "longrope"}, "must be none, linear or yarn, got 'longrope'"),
+        ({".rope.scaling.factor": 0.0}, "field 'rope.scaling.factor' must be a positive number, got 0.0"),
+        ({".rope.scaling.attn_factor": 0.5}, "field 'rope.scaling.attn_factor' must be 1"),
         ({".rope.dimension_count": 8}, "field 'rope.dimension_count' must be the size of a head, 16, got 8"),
         ({"general.type": "adapter"}, "is of type 'adapter', no model"),
         ({"split.count": 2}, "join them with llama-gguf-split --merge"),
@@ -226,6 +230,8 @@ def test_other_types_and_versions_are_refused_by_name(tmp_path: Path) -> None:
         _expect(file, f"blk.0.x.weight has type {name}, which is not read; take a file with F32, F16")
     file.write_bytes(data[:4] + (1).to_bytes(4, "little") + data[8:])
     _expect(file, "GGUF version 1 is not read")
+    file.write_bytes(data[:4] + (3).to_bytes(4, "big") + data[8:])
+    _expect(file, "its numbers are big-endian")
 
 
 def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
@@ -233,6 +239,25 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b"llama", b"gemma"))
     with pytest.raises(ModelError, match="model_type 'gemma' is not known"):
         config_json.load(file)
+    file.write_bytes(
+        file.read_bytes().replace((5).to_bytes(8, "little") + b"gemma", (7).to_bytes(8, "little") + b"gpt-oss")
+    )
+    with pytest.raises(ModelError, match="is of type 'gpt-oss', which is not read from GGUF: take the model"):
+        config_json.load(file)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelError, match="is neither a file nor a folder"):
+        locate_model(str(tmp_path / "pipe"))
+
+
+def test_a_factor_without_a_type_scales_as_in_llama_cpp(tmp_path: Path) -> None:
+    file = _other(tmp_path, {".rope.scaling.factor": 4.0, "tokenizer.ggml.tokens": 5})
+    assert gguf_config(file)["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    with pytest.raises(ModelError, match=r"must be none beside rope_freqs.weight, got 'linear'"):
+        divisors = {"rope_freqs.weight": np.ones(8, np.float32)}
+        gguf_config(_other(tmp_path / "both", {".rope.scaling.factor": 4.0}, divisors))
 
 
 def test_a_file_that_is_cut_short_is_one_line_wherever_it_is_cut(tmp_path: Path) -> None:

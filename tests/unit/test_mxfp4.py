@@ -15,7 +15,8 @@ import tests.triton_interpreter  # noqa: F401  (it must come before the kernels)
 # isort: split
 from safetensors.torch import load_file, save_file
 
-from nanoflow.config import EngineConfig
+from nanoflow.cli.main import main
+from nanoflow.config import EngineConfig, Quantization
 from nanoflow.engine import precision
 from nanoflow.graph.experts import ClampedSwiglu
 from nanoflow.graph.graph import GraphError, OpGraph
@@ -258,6 +259,25 @@ def test_random_weights_are_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     numbers = numbers_of(drawn[0]["experts_out.weight"], drawn[0]["experts_out.weight_scales"], is_gated=False)
     assert 0.016 < float(numbers.float().std()) < 0.022 and abs(float(numbers.float().mean())) < 5e-4
     assert not torch.equal(drawn[0]["experts_out.weight"], drawn[1]["experts_out.weight"])
+
+
+def test_what_analyze_counts_is_what_is_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts in MXFP4 stay so where other products multiply FP8."""
+    for name in ("multiplies_fp8", "unpacks_mxfp4"):
+        monkeypatch.setattr(precision, name, lambda *_: True)
+    model = preset_config("gpt-oss-20b")
+    cases: tuple[tuple[str, Quantization, str], ...] = (
+        ("none", "none", "16 bits"),
+        ("mxfp4", "auto", "MXFP4 and 16 bits"),
+        ("fp8", "fp8", "FP8, MXFP4 and 16 bits"),
+    )
+    for analyzed, served, forms in cases:
+        config = EngineConfig(model="preset:gpt-oss-20b", device="cpu", quantization=served)
+        graph, _ = precision.graph_of(config, model, None, torch.bfloat16, CPU)
+        assert main(["analyze", config.model, "--gpu", "h200", "--quantization", analyzed]) == 0
+        assert f"weights {graph.parameter_bytes(2) / 1e9:.1f} GB in {forms}\n" in capsys.readouterr().out
 
 
 def test_costs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanoflow.models.config_json import ModelError
 from nanoflow.models.contents import read_contents
 from nanoflow.models.fp8 import dequantised, quantise_rows
 from nanoflow.models.fp8_stored import kept_as_stored
+from nanoflow.models.quantised import Quantisation, quantisation_in
 from nanoflow.models.registry import build_graph
 from nanoflow.models.weights import Weights, load_weights
 from tests.driving import HuggingFace
@@ -345,6 +347,17 @@ def _expect(folder: Path, message: str) -> None:
         ),
         ("gptq-4-order", {"g_idx": torch.full((128,), -1, dtype=torch.int32)}, "g_idx names groups that are not there"),
         (
+            "awq-32",
+            {"scales": torch.full((4, 256), torch.inf).half()},
+            "scales has scales that are infinite or no numb",
+        ),
+        ("fp8-tensor", {"weight_scale": torch.tensor(torch.nan)}, "weight_scale has scales that are infinite or no nu"),
+        (
+            "compressed-int8-channel",
+            {"weight_scale": torch.ones(()), "weight_g_idx": torch.ones(128, dtype=torch.int32)},
+            "weight_g_idx names groups that are not there, of 1",
+        ),
+        (
             "compressed-int4-group",
             {"weight_zero_point": torch.ones(32, 4, dtype=torch.int32)},
             f"has 1 tensor ({GATE}.weight_zero_point) that LlamaForCausalLM",
@@ -358,6 +371,7 @@ def test_damaged_tensors_are_one_line(name: str, changes: dict[str, Any], messag
 
 
 GROUP = CASES["compressed-int4-group"].config["config_groups"]["group_0"]
+BLOCKS = CASES["compressed-fp8-block"].config["config_groups"]["group_0"]["weights"]
 
 
 @pytest.mark.parametrize(
@@ -397,6 +411,57 @@ def test_damaged_configs_are_one_line(name: str, fields: dict[str, Any], message
     config["quantization_config"].update(fields)
     (tmp_path / "config.json").write_text(json.dumps(config))
     _expect(tmp_path, message)
+
+
+def _quantisation(name: str, fields: dict[str, Any]) -> Quantisation:
+    found = quantisation_in({"quantization_config": {**CASES[name].config, **fields}}, origin="config.json")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("awq-32", {"format": "gemv"}, "field 'format' is 'gemv', but version is 'gemm': they must agree"),
+        ("awq-32", {"version": None, "format": "gemv"}, "field 'format' must be 'gemm', got 'gemv'"),
+        ("awq-32", {"backend": "llm-awq"}, "field 'backend' is 'llm-awq', which packs weights in another way"),
+        ("gptq-4-asym", {"format": "gptq_v2"}, "field 'format' is 'gptq_v2', but checkpoint_format is 'gptq'"),
+        ("gptq-4-asym", {"is_marlin_format": True}, "field 'is_marlin_format' must be false"),
+        ("gptq-4-asym", {"group_size": None}, "field 'group_size' is missing"),
+        (
+            "compressed-fp8-block",
+            {"config_groups": {"g": {**GROUP, "weights": {**BLOCKS, "block_structure": [0.5, 128]}}}},
+            "field 'block_structure' must be two whole numbers, got (0.5, 128.0)",
+        ),
+        # bitsandbytes once named itself by this alone.
+        ("gptq-4-asym", {"quant_method": None, "load_in_4bit": True}, "quantised by BITSANDBYTES (4 bits) are not"),
+    ],
+)
+def test_configs_that_cannot_be_read_are_one_line(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        _quantisation(name, fields)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("gptq-4-v2", {"checkpoint_format": None, "format": "GPTQ_v2"}),
+        ("gptq-4-v2", {"format": "gptq_v2"}),
+        # What GPTQModel and transformers 5 write of AWQ.
+        ("awq-32", {"format": "gemm", "checkpoint_format": "gemm", "desc_act": True, "lm_head": False, "sym": True}),
+        ("awq-32", {"damp_percent": 0.1, "batch_size": 1, "true_sequential": True, "dynamic": {"-:.*lm_head": {}}}),
+    ],
+)
+def test_fields_that_several_tools_write(name: str, fields: dict[str, Any]) -> None:
+    assert _quantisation(name, fields).form_of("x") == _quantisation(name, {}).form_of("x")
+
+
+@pytest.mark.parametrize("name", ["gptq-4-asym", "fp8-tensor"])
+def test_weights_of_which_no_file_says_how_they_are_quantised(name: str, tmp_path: Path) -> None:
+    twin = _make(tmp_path, CASES[name])
+    (tmp_path / "config.json").write_bytes((twin / "config.json").read_bytes())
+    _expect(tmp_path, ": they are quantised, but config.json has no quantization_config")
 
 
 @pytest.mark.parametrize(

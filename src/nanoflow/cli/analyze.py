@@ -92,23 +92,28 @@ def run(args: argparse.Namespace) -> int:
     from nanoflow.graph.operation import KvType
     from nanoflow.graph.shard import Exchange
     from nanoflow.hardware import parse_gpus
+    from nanoflow.models.quantised import has_mxfp4
 
     config = _OPTIONS.read(args)
     gpus, lengths = parse_gpus(config.gpu), _mean_lengths(config.workload)
     is_fp8 = config.quantization == "fp8"
     if is_fp8:
         gpus.require_fp8()
+    model_config = _model_config(args.model)
+    is_mxfp4 = has_mxfp4(config.quantization, model_config.quant_method)
     model = costed_model(
-        _model_config(args.model),
+        model_config,
         config.expert_skew,
         KvType(config.kv_cache_dtype),
         is_fp8=is_fp8,
-        is_mxfp4=config.quantization == "mxfp4",
+        is_mxfp4=is_mxfp4,
     )
     batch = batch_within(model, gpus, lengths, config.max_batch_tokens)
     costs = iteration_costs(model, batch_shape(model, batch, lengths), gpus.num_gpus, Exchange(config.exchange))
+    small = ", ".join([*["FP8"] * is_fp8, *["MXFP4"] * is_mxfp4])
+    kept_as = f"{small} and 16 bits" if small else "16 bits"
     lines = [
-        *_head(model, gpus, lengths, batch, largest_batch(model, gpus, lengths), config.quantization),
+        *_head(model, gpus, lengths, batch, largest_batch(model, gpus, lengths), kept_as),
         "",
         *_table(costs, gpus),
         "",
@@ -153,10 +158,9 @@ def _head(
     lengths: MeanLengths,
     batch: BatchSize,
     largest: BatchSize,
-    quantization: str,
+    kept_as: str,
 ) -> Iterator[str]:
     """Lines that say what is analyzed."""
-    kept_as = {"fp8": "FP8 and 16 bits", "mxfp4": "MXFP4 and 16 bits"}.get(quantization, "16 bits")
     weights = f"weights {model.weight_bytes / 1e9:.1f} GB in {kept_as}"
     yield f"{'model':<12}{model.graph.name}, {_parameters(model)}, {weights}"
     yield f"{'GPUs':<12}{gpus.num_gpus} x {gpus.spec.title}, {gpus.memory_bytes / 1e9:.0f} GB"

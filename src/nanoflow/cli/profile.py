@@ -92,13 +92,16 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
 
     from nanoflow.device.detect import resolve_device, resolve_dtype, total_memory_bytes, use_device
     from nanoflow.graph.operation import KvType
+    from nanoflow.kernels.dispatch import unpacks_mxfp4
     from nanoflow.models.config_json import parse
+    from nanoflow.models.quantised import has_mxfp4, quant_method_of
     from nanoflow.profiler.profile import new_job, run_job, setup_line
     from nanoflow.profiler.work import Sizes
 
     device = resolve_device(config.device)
     use_device(device)
     raw = _config_of(model)
+    dtype = resolve_dtype(config.dtype, parse(raw).dtype, device)
     is_small = config.quick and device == torch.device("cpu")
     budget = config.max_batch_tokens
     # For keys and values of one layer. Free memory is not used, as it could change before a profile is continued.
@@ -107,7 +110,7 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         model,
         raw,
         device=device,
-        dtype=resolve_dtype(config.dtype, parse(raw).dtype, device),
+        dtype=dtype,
         kv_type=KvType(config.kv_cache_dtype),
         sizes=Sizes.small(budget) if is_small else Sizes(max_tokens=budget, max_cache_bytes=cache_bytes),
         path=path,
@@ -115,7 +118,9 @@ def _measured(model: str, config: ProfileConfig, path: Path) -> Profile:
         is_fresh=config.fresh,
         only=config.only,
         is_fp8=config.quantization == "fp8",
-        is_mxfp4=config.quantization == "mxfp4",
+        # Beside FP8 only where a server would keep them so.
+        is_mxfp4=has_mxfp4(config.quantization, quant_method_of(raw))
+        and (config.quantization == "mxfp4" or unpacks_mxfp4(device, dtype)),
         expert_skew=config.expert_skew,
     )
     print(f"{setup_line(job.profile.setup)}: {_size_of(job)}", flush=True)
@@ -133,19 +138,21 @@ def _size_of(job: Job) -> str:
 def _estimated(model: str, config: ProfileConfig, path: Path) -> Profile:
     from nanoflow.graph.operation import KvType
     from nanoflow.hardware import parse_gpus
+    from nanoflow.models.quantised import has_mxfp4, quant_method_of
     from nanoflow.profile.estimate import estimated_profile
     from nanoflow.profile.table import write_profile
 
     gpus = parse_gpus(config.estimate or "")
+    raw = _config_of(model)
     profile = estimated_profile(
         model,
-        _config_of(model),
+        raw,
         gpus,
         config.max_batch_tokens,
         kv_type=KvType(config.kv_cache_dtype),
         expert_skew=config.expert_skew,
         is_fp8=config.quantization == "fp8",
-        is_mxfp4=config.quantization == "mxfp4",
+        is_mxfp4=has_mxfp4(config.quantization, quant_method_of(raw)),
     )
     write_profile(profile, path)
     return profile

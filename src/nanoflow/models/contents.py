@@ -26,6 +26,11 @@ _WEIGHT = ".weight"
 # Scales of activations, and of keys and values: they serve computation in 8 bits.
 _KV_SCALE = re.compile(r".*\.(?:k_scale|v_scale|kv_scale|k_zero_point|v_zero_point)")
 _ACTIVATION_SCALE = re.compile(r".*\.(?:input_scale|input_scale_ub|input_zero_point|activation_scale)")
+# Tensors that there are only beside quantised weights, of any method.
+_QUANTISED = re.compile(
+    r".*\.(?:qweight|qzeros|q_weight|weight_packed|weight_scale|weight_scale_inv|weight\.absmax|weight\.quant_map|SCB"
+    r"|codebooks|\w+_blocks)"
+)
 _UNUSED = re.compile(
     r".*\.(?:output_scale|output_zero_point|q_scale|prob_output_scale)"
     f"|{_ACTIVATION_SCALE.pattern}|{_KV_SCALE.pattern}"
@@ -183,14 +188,23 @@ def _check_names(graph: OpGraph, checkpoint: _Checkpoint, needed: Mapping[str, M
     names = dict.fromkeys(name for of_part in needed.values() for name in of_part.values())
     missing = [name for name in names if name not in stored]
     if missing:
-        raise ModelError(f"{path} lacks {_listed(missing)} that {graph.name} needs{_layers(graph, stored)}")
+        why = _unsaid(checkpoint) or _layers(graph, stored)
+        raise ModelError(f"{path} lacks {_listed(missing)} that {graph.name} needs{why}")
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in graph.ignored_sources))
     superfluous = [name for name in stored if name not in names and not ignored.fullmatch(name)]
     if checkpoint.quantisation is not None:
         superfluous = [name for name in superfluous if not (_UNUSED.fullmatch(name) or _is_nothing(name, stored))]
     if superfluous:
-        layers = _layers(graph, stored)
-        raise ModelError(f"{path} has {_listed(superfluous)} that {graph.name} has no place for{layers}")
+        why = _unsaid(checkpoint) or _layers(graph, stored)
+        raise ModelError(f"{path} has {_listed(superfluous)} that {graph.name} has no place for{why}")
+
+
+def _unsaid(checkpoint: _Checkpoint) -> str:
+    """Why names differ, if weights are quantised and no file says how; else empty."""
+    is_said = checkpoint.gguf is not None or checkpoint.quantisation is not None
+    if is_said or not any(map(_QUANTISED.fullmatch, checkpoint.stored)):
+        return ""
+    return ": they are quantised, but config.json has no quantization_config; it must say how"
 
 
 def _is_nothing(name: str, stored: Mapping[str, StoredTensor]) -> bool:

@@ -55,6 +55,7 @@ def read_rows(part: Stored, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
         yield from _stacked(part.form, tensors["weight"])
         return
     _check_groups(part, tensors)
+    check_scales(part, tensors)
     read = _READERS[type(part.form)]
     num_rows, width = part.shape[0], part.shape[1] if len(part.shape) > 1 else 1
     if isinstance(part.form, Mxfp4):
@@ -64,6 +65,14 @@ def read_rows(part: Stored, tensors: Tensors) -> Iterator[tuple[int, Tensor]]:
         yield first, read(part.form, tensors, part.shape, first, min(first + step, num_rows))
 
 
+def check_scales(part: Stored, tensors: Tensors) -> None:
+    """Raise ModelError for a scale that is no number: every product with it would be none."""
+    for role in ("weight_scale", "scales"):
+        if role in tensors and tensors[role].is_floating_point() and not bool(tensors[role].isfinite().all()):
+            where = f"{part.tensors[role].path}: {part.names[role]}"
+            raise ModelError(f"{where} has scales that are infinite or no numbers; download it again")
+
+
 def _check_groups(part: Stored, tensors: Tensors) -> None:
     """Refuse a column whose group is not there."""
     for role, scale in (("g_idx", "scales"), ("weight_g_idx", "weight_scale")):
@@ -71,7 +80,10 @@ def _check_groups(part: Stored, tensors: Tensors) -> None:
             groups = tensors[role]
             if role == "weight_g_idx" and bool((groups == _NO_GROUP).all()):
                 continue
-            num_groups = tensors[scale].shape[0 if role == "g_idx" else 1]
+            # A scale of a whole tensor may have no dimension for groups.
+            num_groups = 1
+            if tensors[scale].dim() == 2:
+                num_groups = tensors[scale].shape[0 if role == "g_idx" else 1]
             if bool(((groups < 0) | (groups >= num_groups)).any()):
                 where = f"{part.tensors[role].path}: {part.names[role]}"
                 raise ModelError(f"{where} names groups that are not there, of {num_groups}; download it again")
@@ -124,7 +136,7 @@ def _scaled(form: Scaled, tensors: Tensors, shape: tuple[int, ...], first: int, 
         of_blocks = scales.reshape(scales.shape[0], -1)
         # Chunks of rows need not begin with a block.
         of_rows = of_blocks[torch.arange(first, last) // height]
-        return rows * of_rows.repeat_interleave(width, 1)[:, : shape[1]]
+        return rows * of_rows[:, torch.arange(shape[1]) // width]
     if form.has_zeros:
         rows = rows - _of_rows(tensors["weight_zero_point"].float(), first, last)
     return rows * _of_rows(scales, first, last)

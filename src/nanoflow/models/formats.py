@@ -226,6 +226,11 @@ def _weights_alone(folder: _Folder) -> str | None:
     return _named(folder, ("*.safetensors",), f"but no {_CONFIG}: add the one of its model", is_sentence=False)
 
 
+def _misnamed(folder: _Folder) -> str | None:
+    says = f"but only {_WEIGHTS[0]} is read, or what {_WEIGHTS[1]} names: rename it, if it holds the whole model"
+    return _named(folder, ("*.safetensors",), says, is_sentence=False)
+
+
 def _tokenizer_alone(folder: _Folder) -> str | None:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "*.tiktoken")
     return _named(folder, names, f"is a tokenizer alone: it has neither {_CONFIG} nor weights; {_FOLDER}")
@@ -243,7 +248,7 @@ def _named(folder: _Folder, patterns: tuple[str, ...], says: str, *, is_sentence
     return f"{says} (it has {shown(found[0])})" if is_sentence else f"has {shown(found[0])}, {says}"
 
 
-_WEIGHTS_OF_OTHERS: tuple[_Says, ...] = (_gguf, _llama_original, _mlx, _pickles, _onnx, _frameworks)
+_WEIGHTS_OF_OTHERS: tuple[_Says, ...] = (_gguf, _llama_original, _misnamed, _mlx, _pickles, _onnx, _frameworks)
 _WITHOUT_CONFIG: tuple[_Says, ...] = (
     *(_adapter, _diffusers, _gguf, _llama_original, _sentences, _nested, _mlx, _weights_alone, _pickles, _onnx),
     *(_frameworks, _tokenizer_alone, _empty),

@@ -18,6 +18,8 @@ from nanoflow.models.fields import ModelError, require_file, shown
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+# The same versions in a file whose numbers begin with the highest byte.
+_SWAPPED = tuple(version << 24 for version in _VERSIONS)
 _MAX_DIMENSIONS = 4
 # Metadata of the largest vocabularies have some tens of MB.
 _MAX_HEADER_BYTES = 512 * 2**20
@@ -99,8 +101,11 @@ class GgufFile:
 def is_gguf(path: Path) -> bool:
     """True for a file that begins as GGUF files do."""
     try:
+        # Opening a pipe could wait forever.
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
-            return path.is_file() and file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 
@@ -169,6 +174,8 @@ def _header(path: Path, reader: _Reader) -> GgufFile:
     if reader.take(len(MAGIC)) != MAGIC:
         raise ValueError("it does not begin with GGUF")
     version = reader.number("I")
+    if version in _SWAPPED:
+        raise ModelError(f"{path}: its numbers are big-endian, which is not read: convert the model anew")
     if version not in _VERSIONS:
         raise ModelError(f"{path}: GGUF version {version} is not read, versions 2 and 3 are: convert the model anew")
     num_tensors, num_values = reader.number("Q"), reader.number("Q")

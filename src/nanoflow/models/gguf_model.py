@@ -28,6 +28,9 @@ _CLASSES = {
     "gemma3": "Gemma3ForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+# Types whose models are served, but from safetensors alone.
+_ELSEWHERE = frozenset(("qwen2moe", "qwen3moe", "gpt-oss"))
+_TAKE_ANOTHER = "take the model that it was made from, in safetensors"
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -134,6 +137,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
     file = read_gguf(path)
     fields = Fields(values=file.metadata, origin=str(path))
     kind = fields.text("general.architecture")
+    if kind in _ELSEWHERE:
+        raise fields.problem(f"is of type {shown(kind)}, which is not read from GGUF: {_TAKE_ANOTHER}")
     if kind not in _CLASSES:
         return {"model_type": kind}
     _refuse_others(fields, kind)
@@ -180,17 +185,25 @@ def _refuse_others(fields: Fields, kind: str) -> None:
     for key, value in fields.values.items():
         name = key.removeprefix(f"{kind}.")
         if key.startswith(f"{kind}.") and name not in _KNOWN and value not in (0, 0.0, False, "", []):
-            raise fields.problem(f"{shown(key)} is {shown(value)}: this kind of {kind} model is not served")
+            raise fields.problem(
+                f"{shown(key)} is {shown(value)}: this kind of {kind} model is not read from GGUF; {_TAKE_ANOTHER}, if "
+                "that is served"
+            )
     if fields.values.get(f"{kind}.attention.causal", True) is not True:
         raise fields.problem("attends to later tokens too: only causal attention is served")
 
 
 def _rope(file: GgufFile, own: Fields, head_dim: int) -> dict[str, Any]:
     """The fields on the scaling of rotary embeddings."""
-    kind = own.text("rope.scaling.type", "none")
+    # As in llama.cpp, a factor without a type scales linearly.
+    kind = own.text("rope.scaling.type", "linear" if own.has("rope.scaling.factor") else "none")
     parameters: dict[str, Any]
     factors = {name: _numbers(file, name) for name in (_DIVISORS, _SHORT, _LONG) if name in file.tensors}
+    if factors.keys() != {_SHORT, _LONG} and own.values.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise own.error("rope.scaling.attn_factor", "must be 1: scores are not scaled here")
     if _DIVISORS in factors:
+        if kind != "none" and own.values.get("rope.scaling.factor") != 1.0:
+            raise own.error("rope.scaling.type", f"must be none beside {_DIVISORS}, got {shown(kind)}")
         # Llama 3.1: one divisor for each frequency, whatever the length.
         same = factors[_DIVISORS]
         length = own.positive_int("context_length")
@@ -241,7 +254,8 @@ def _ends(fields: Fields, vocab_size: int) -> list[int]:
         for key in (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
         if isinstance(fields.values.get(key), int) and fields.values[key] < vocab_size
     ]
-    tokens, kinds = (fields.values.get(f"tokenizer.ggml.{name}") or [] for name in ("tokens", "token_type"))
+    lists = (fields.values.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    tokens, kinds = (each if isinstance(each, list) else [] for each in lists)
     named = (
         i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == _CONTROL and token in _ENDS
     )

@@ -38,6 +38,8 @@ def locate_model(model: str, revision: str | None = None) -> Path:
         return folder
     elif folder.is_file():
         raise refuse_file(model, folder)
+    elif folder.exists() and not folder.is_dir():
+        raise ModelError(f"model {model!r} is neither a file nor a folder")
     elif not model or not folder.is_dir():
         folder = _fetch(model, revision)
     if not is_there(folder / "config.json"):

@@ -37,7 +37,7 @@ _DRAWN_SCALES = (119, 120)
 _WORDS_AT_ONCE = 2**21
 
 
-def check_scales(part: Stored, tensors: Mapping[str, Tensor]) -> None:
+def check_range(part: Stored, tensors: Mapping[str, Tensor]) -> None:
     """Raise ModelError for a scale that kernels cannot multiply by, or that is no number."""
     largest = int(tensors["scales"].max())
     if largest > LARGEST_SCALE:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from nanoflow.graph.graph import Fp8, OpGraph, Parameter
 from nanoflow.models.contents import Contents, parts_of
-from nanoflow.models.dequantise import read_rows
+from nanoflow.models.dequantise import check_scales, read_rows
 from nanoflow.models.fp8 import E4M3, quantised_chunks, stored_scales
 from nanoflow.models.fp8_stored import fp8_of
-from nanoflow.models.mxfp4 import check_scales
+from nanoflow.models.mxfp4 import check_range
 from nanoflow.models.stored import Stored
 
 # Copies the second tensor to the first.
@@ -110,11 +110,12 @@ class Target:
         """Copy a whole part: as it is stored if it is kept so, else its numbers."""
         if self.is_packed:
             assert self.scales is not None
-            check_scales(part, tensors)
+            check_range(part, tensors)
             for target, role in ((self.rows.view(torch.uint8), "blocks"), (self.scales, "scales")):
                 copy(target, tensors[role].reshape(target.shape))
             return
         if self.scales is not None and fp8_of(part) == self.fp8:
+            check_scales(part, tensors)
             copy(self.rows, tensors["weight"])
             copy(self.scales, stored_scales(part, tensors).contiguous())
             return

@@ -96,9 +96,16 @@ def _block(weights: Fields, strategy: str) -> tuple[int, int] | None:
     if strategy == "group":
         return 1, weights.positive_int("group_size")
     if strategy == "block":
-        height, width = weights.positives("block_structure", 2)
-        return int(height), int(width)
+        return block_sizes(weights, "block_structure")
     return None
+
+
+def block_sizes(fields: Fields, name: str) -> tuple[int, int]:
+    """Rows and columns of a block, from a list of two whole numbers."""
+    height, width = sizes = fields.positives(name, 2)
+    if not (height.is_integer() and width.is_integer()):
+        raise fields.error(name, f"must be two whole numbers, got {shown(sizes)}")
+    return int(height), int(width)
 
 
 def _names(fields: Fields, name: str) -> Sequence[str]:
