@@ -105,6 +105,12 @@ CASES: dict[str, tuple[str, str, Found]] = {
         '<tool_call>{"name": "add", "arguments": "{\\"a\\": \\"\\u00e9\\"}"}</tool_call>',
         Found("", "", (("add", '{"a": "é"}', True),)),
     ),
+    "hermes arguments as a string that is blank, and one that is no JSON": (
+        "hermes",
+        '<tool_call>{"name": "add", "arguments": ""}</tool_call>'
+        '<tool_call>{"name": "add", "arguments": " b"}</tool_call>',
+        Found("", "", (SUM, ("add", " b", False))),
+    ),
     "hermes a bracket too many": (
         "hermes",
         f'<tool_call>\n{{"name": "add", "arguments": {_S}}}}}\n</tool_call>',
@@ -164,6 +170,16 @@ CASES: dict[str, tuple[str, str, Found]] = {
         "deepseek_v31",
         f"{_DS}get_weather<｜tool▁sep｜>{_P}{_DS_NEXT}add<｜tool▁sep｜>{_S}{_DS_END}",
         Found("", "", (PARIS, SUM)),
+    ),
+    "deepseek white space between its marks": (
+        "deepseek_v31",
+        f"ok<｜tool▁calls▁begin｜>\n<｜tool▁call▁begin｜>add<｜tool▁sep｜>{_S}<｜tool▁call▁end｜>\n<｜tool▁calls▁end｜>",
+        Found("ok", "", (SUM,)),
+    ),
+    "deepseek a block without calls": (
+        "deepseek_v31",
+        "a <｜tool▁calls▁begin｜> b <｜tool▁calls▁begin｜>",
+        Found("a <｜tool▁calls▁begin｜> b <｜tool▁calls▁begin｜>"),
     ),
     "harmony": (
         "openai",
@@ -260,6 +276,8 @@ CASES |= {
         Found("ok", "", (PARIS, SUM)),
     ),
 }
+
+CASES["kimi with line breaks"] = (CASES["kimi"][0], CASES["kimi"][1].replace("|><|", "|>\n<|"), CASES["kimi"][2])
 
 PIECES = (
     *("<function=add>", "<function=get_weather>", "<parameter=city>", "</parameter>", "</function>", "<arg_key>city"),

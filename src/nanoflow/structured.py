@@ -30,10 +30,12 @@ class Structured:
         text: A JSON schema; a regular expression that the whole completion matches; a JSON list of texts, of which the
             completion is one; a grammar in Lark's format; or the JSON object of a structural tag, with `structures`
             (each `begin`, `schema` and `end`) and `triggers`.
+        parts: Shapes that a grammar was made of: a request is refused if one of them cannot be used alone.
     """
 
     kind: GrammarKind
     text: str
+    parts: tuple[Structured, ...] = ()
 
 
 def read_structured(name: str, value: object) -> Structured | None:

@@ -98,10 +98,15 @@ def test_a_stream(served: Served) -> None:
         ),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "both say what shape the answer has", "guided_choice"),
         ({"guided_regex": "a", "ignore_eos": True}, "not with ignore_eos", "ignore_eos"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}, "strict": True}}]},
+            "invalid schema for function 'f': Unimplemented keys: [\"not\"]",
+            "tools[0].function.parameters",
+        ),
     ],
 )
 def test_refusals(served: Served, shape: dict[str, Any], message: str, param: str, is_stream: bool) -> None:
-    answer = served.ask(**CHAT, **shape, stream=is_stream)
+    answer = served.ask(**CHAT, **shape, chat_template=CALLING, stream=is_stream)
     error = answer.json()["error"]
     assert answer.status_code == 400 and message in error["message"] and error["param"] == param
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from nanoflow.chat_formats.choice import choose_format
-from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
-from nanoflow.chat_formats.grammar_arguments import shape_rule
+from nanoflow.chat_formats.grammar import answer_grammar, blamed, grammar_of
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, ToolChoice
+from nanoflow.engine.grammar_process import answer
+from nanoflow.parameters import RequestError
 from nanoflow.structured import read_structured
 from tests.chat_texts import FORMATS, Found, found
 
@@ -158,6 +159,9 @@ def test_strict_calls_one_at_most_after_reasoning_and_beside_an_answer_with_a_sc
     shaped = grammar_of(form, [STRICT], AUTO, answer={"type": "object", "properties": {"x": {"type": "integer"}}})
     assert lets_through(shaped, call) and lets_through(shaped, '{"x": 1}')
     assert not lets_through(shaped, '{"x": "1"}') and not lets_through(shaped, "text")
+    beside = grammar_of(form, [ADD], AUTO, answer=SCHEMA)
+    assert lets_through(beside, call.replace('"a"', '"b"')) and not lets_through(beside, "text"), "not strict"
+    assert grammar_of(form, [ADD], ToolChoice(Calling.NONE), answer=SCHEMA) is None
 
 
 def test_no_mark_of_the_format_is_free_text() -> None:
@@ -171,26 +175,25 @@ def test_no_mark_of_the_format_is_free_text() -> None:
     [
         ({"json": SCHEMA}, '{"a": 1}', '{"a": ""}'),
         ({"regex": r"a/b\/[^/]\\"}, "a/b/c\\", "a/b///"),
-        ({"choice": ["yes", 'n"o']}, 'n"o', "n"),
+        ({"choice": ["yes", 'n"o', *map(str, range(3000))]}, 'n"o', "n"),
     ],
 )
 def test_an_answer_with_a_shape_comes_behind_reasoning(shape: dict[str, Any], good: str, bad: str) -> None:
     structured = read_structured("structured_outputs", shape)
     assert structured is not None
-    rule = shape_rule(structured)
-    assert rule is not None
-    opened = answer_grammar(FORMATS["hermes"], rule, is_reasoning=True)
+    opened = answer_grammar(FORMATS["hermes"], structured, is_reasoning=True)
     for text, is_right in ((f"hm</think>\n\n{good}", True), (good, False), (f"hm</think>{bad}", False)):
         assert lets_through(opened, text) == is_right, text
-    either = answer_grammar(FORMATS["hermes"], rule)
+    either = answer_grammar(FORMATS["hermes"], structured)
     assert lets_through(either, good) and lets_through(either, f"<think>hm</think>{good}")
-    harmony = answer_grammar(FORMATS["openai"], rule)
+    harmony = answer_grammar(FORMATS["openai"], structured)
     thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
     assert lets_through(harmony, f"{thought}<|channel|>final<|message|>{good}") and not lets_through(harmony, good)
-    assert answer_grammar(FORMATS["hermes"], rule, is_reasoning=False) is None
-    assert answer_grammar(FORMATS["mistral"], rule) is not None and answer_grammar(FORMATS["kimi_k2"], rule) is None
+    assert answer_grammar(FORMATS["hermes"], structured, is_reasoning=False) is None
+    assert answer_grammar(FORMATS["mistral"], structured) is not None
+    assert answer_grammar(FORMATS["kimi_k2"], structured) is None
     grammar = read_structured("structured_outputs", {"grammar": "start: /a/"})
-    assert grammar is not None and shape_rule(grammar) is None
+    assert grammar is not None and answer_grammar(FORMATS["hermes"], grammar) is None
 
 
 def test_marks_that_are_tokens_are_no_free_text() -> None:
@@ -225,3 +228,34 @@ def test_members_between_tags_are_held_to_their_types() -> None:
     for wrong in ({"zip": "1"}, {"far": "1"}, {"opt": "[x]"}):
         assert not lets_through(grammar, call(**{**good, **wrong})), wrong
     assert not lets_through(grammar, call(**{key: value for key, value in good.items() if key != "city"}))
+
+
+def test_any_names_of_members_between_tags_and_no_schemas() -> None:
+    """Also names that look like the table's own; what is no schema is refused where grammars are compiled."""
+
+    def of(**parameters: Any) -> str | None:
+        tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
+        return grammar_of(FORMATS["qwen3_coder"], [tool], REQUIRED)
+
+    call = "<tool_call>\n<function=add>\n<parameter={value}>\n1\n</parameter>\n</function>\n</tool_call>"
+    assert lets_through(of(properties={"{value}": {"type": "integer"}}), call)
+    only_required = of(properties={}, required=["{value}"])
+    assert lets_through(only_required, call) and not lets_through(only_required, call.replace("{value}", "b"))
+    for wrong in ({"required": 5}, {"required": [[]]}, {"properties": {"a": {"enum": 5}}}):
+        with pytest.raises(AssertionError, match=r"array|string"):
+            lets_through(of(**wrong), call)
+
+
+@pytest.mark.parametrize("form", ["hermes", "glm45", "openai"])
+def test_an_error_of_a_schema_names_its_function(form: str) -> None:
+    """Not the line of a grammar that its sender has never seen."""
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"type": "nonsense"}}}}}
+    for choice, tools in ((REQUIRED, [ADD, bad]), (ToolChoice(Calling.REQUIRED, "bad"), [STOP, bad])):
+        grammar = grammar_of(FORMATS[form], tools, choice)
+        assert grammar is not None
+        said = answer(json.dumps({"kind": "grammar", "text": grammar}).encode())["error"]
+        problem = blamed(grammar, RequestError(f"the grammar cannot be used: {said}"), tools, choice)
+        assert str(problem) == "invalid schema for function 'bad': Invalid type: nonsense"
+        assert (problem.param, problem.code) == ("tools[1].function.parameters", "invalid_function_parameters")
+    other = RequestError("the grammar cannot be used: it takes too much memory")
+    assert blamed(grammar, other, tools, choice) is other

@@ -122,8 +122,9 @@ class ObjectReader:
             if written.startswith("{"):
                 self.arguments = written
             elif written.startswith('"'):
-                # Half of a surrogate pair may be escaped in JSON, but is no text.
-                self.arguments = json.loads(written).encode("utf-8", "replace").decode()
+                # Half of a surrogate pair may be escaped in JSON, but is no text. A blank text has no arguments.
+                content = json.loads(written).encode("utf-8", "replace").decode()
+                self.arguments = content if content.strip() else None
             else:
                 return written == "null"
         return True

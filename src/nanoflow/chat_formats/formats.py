@@ -158,9 +158,9 @@ class ChatFormat:
 _NAME = r"(?P<name>[A-Za-z0-9_.-]+)"
 _NAME_OF_ID = r"(?P<name>[A-Za-z0-9_-]+)"
 _KIMI = "<|tool_call"
-_DEEPSEEK_OPENERS = ("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<｜tool▁call▁begin｜>")
+_DEEPSEEK_OPENERS = ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
 _DEEPSEEK_CLOSERS = ("<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>")
-_DEEPSEEK_BEGIN = "(?:<｜tool▁calls▁begin｜>)?<｜tool▁call▁begin｜>"
+_DEEPSEEK_BEGIN = r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>"
 
 
 def _object(arguments: str) -> str:
@@ -287,12 +287,12 @@ CALLS: Mapping[str, CallSyntax] = {
         writings=(Writing(call="<tool_call>{name}\n{arguments}</tool_call>", between="\n"),),
     ),
     "kimi_k2": CallSyntax(
-        openers=(f"{_KIMI}s_section_begin|>{_KIMI}_begin|>", f"{_KIMI}_begin|>"),
+        openers=(f"{_KIMI}s_section_begin|>", f"{_KIMI}_begin|>"),
         closers=(f"{_KIMI}_end|>", f"{_KIMI}s_section_end|>"),
         head=CallHead(
             end=f"{_KIMI}_argument_begin|>",
             pattern=re.compile(
-                r"(?:<\|tool_calls_section_begin\|>)?<\|tool_call_begin\|>"
+                r"(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>"
                 rf"\s*(?P<id>(?:functions\.)?{_NAME_OF_ID}(?::\d+)?)\s*"
             ),
         ),

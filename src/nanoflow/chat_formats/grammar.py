@@ -8,16 +8,22 @@ applies a grammar.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanoflow.chat_formats.formats import CallSyntax, Channels, ChatFormat, Writing
-from nanoflow.chat_formats.grammar_arguments import argument_rules, json_value
+from nanoflow.chat_formats.grammar_arguments import argument_rules, json_value, shape_rules
 from nanoflow.chat_formats.grammar_texts import begins_with_token, free_text_rules, literal, thought_rule
-from nanoflow.chat_formats.tools import Calling, ToolChoice, has_strict
+from nanoflow.chat_formats.tools import Calling, ToolChoice, bad_schema, has_strict
+from nanoflow.parameters import RequestError
+from nanoflow.structured import Structured
 
 _INDEX = "/[0-9]{1,3}/"
+# How errors of a grammar begin, and rules of arguments.
+_PLACE = re.compile(r"at (?P<line>\d+)\(\d+\): (?:failed to compile JSON schema: )?")
+_ARGUMENTS = re.compile(r"arguments_(\d+)")
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -45,41 +51,65 @@ def grammar_of(
 
     Returns:
         The grammar, in the dialect of Lark that llguidance reads (`%json` takes a JSON schema, `<[7]>` is the token 7);
-        None if nothing is held: no call is required, and no function that may be called is strict.
+        None if nothing is held: no call is required, no function that may be called is strict, and there is none
+        beside an answer with a schema.
     """
     callable_tools = choice.of(tools)
-    if form.calls is None or not (choice.calling is Calling.REQUIRED or has_strict(callable_tools)):
-        return None
     is_required = choice.calling is Calling.REQUIRED
+    is_held = is_required or has_strict(callable_tools) or (answer is not None and bool(callable_tools))
+    if form.calls is None or not is_held:
+        return None
     made = _Grammar(form.calls, form.channels, callable_tools, special or {}, is_parallel=is_parallel)
     rules = [f"start: {_before(form, made.ids, is_reasoning)}message"]
     rules += made.required() if is_required else made.free(answer)
     for place, tool in enumerate(callable_tools):
-        is_held = is_required or tool["function"].get("strict")
-        schema = (tool["function"].get("parameters") if is_held or form.calls.tagged else None) or ANY_OBJECT
+        is_strict = is_required or tool["function"].get("strict")
+        schema = (tool["function"].get("parameters") if is_strict or form.calls.tagged else None) or ANY_OBJECT
         rules += argument_rules(f"arguments_{place}", schema, form.calls.tagged, made.ids)
     return "\n".join((*rules, *_reasoning_rules(form, made.ids))) + "\n"
 
 
 def answer_grammar(
-    form: ChatFormat, answer: str, *, special: Mapping[str, int] | None = None, is_reasoning: bool | None = None
+    form: ChatFormat, shape: Structured, *, special: Mapping[str, int] | None = None, is_reasoning: bool | None = None
 ) -> str | None:
     """The grammar of an answer that has a shape, behind reasoning.
 
     Args:
         form: How the model writes reasoning.
-        answer: The shape, as the right side of a rule (`grammar_arguments.shape_rule`).
+        shape: The shape.
         special, is_reasoning: As for `grammar_of`.
 
     Returns:
-        The grammar; None if there is no reasoning, so that the shape is that of the whole text.
+        The grammar; None if the shape is that of the whole text: there is no reasoning, or it is a grammar itself.
     """
     ids, channels = special or {}, form.channels
-    if channels is None and (form.reasoning is None or is_reasoning is False):
+    answer = shape_rules("answer", shape)
+    if answer is None or (channels is None and (form.reasoning is None or is_reasoning is False)):
         return None
     head = "" if channels is None else literal(f"{channels.openers[-1]}{channels.answer}{channels.head.end}", ids)
-    rules = [f"start: {_before(form, ids, is_reasoning)}{head} answer", f"answer: {answer}"]
+    rules = [f"start: {_before(form, ids, is_reasoning)}{head} answer", *answer]
     return "\n".join((*rules, *_reasoning_rules(form, ids))) + "\n"
+
+
+def blamed(grammar: str, problem: RequestError, tools: Sequence[Mapping[str, Any]], choice: ToolChoice) -> RequestError:
+    """The error that a grammar of calls cannot be used, as one about the schema that is wrong in it.
+
+    Args:
+        grammar: Of `grammar_of`, with these tools and this choice.
+        problem: What was said about it.
+        tools, choice: As for `grammar_of`.
+
+    Returns:
+        The error; the same one if it is about no schema of a function.
+    """
+    cause = str(problem).partition("cannot be used: ")[2] or str(problem)
+    place = _PLACE.match(cause)
+    line = grammar.split("\n")[int(place["line"]) - 1] if place is not None else ""
+    rule = _ARGUMENTS.match(line)
+    if place is None or rule is None:
+        return problem
+    tool = choice.of(tools)[int(rule[1])]
+    return bad_schema(tool["function"]["name"], cause[place.end() :], f"tools[{tools.index(tool)}].function.parameters")
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanoflow.chat_formats.grammar_texts import literal
@@ -20,15 +20,16 @@ def json_value(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _JSON_OPTIONS})}"
 
 
-def shape_rule(structured: Structured) -> str | None:
-    """A shape as the right side of a rule; None for a grammar, which has rules of its own."""
+def shape_rules(name: str, structured: Structured) -> list[str] | None:
+    """The rules of a shape, of which the first has this name; None for a grammar, which has rules of its own."""
     if structured.kind == "json":
-        return json_value(json.loads(structured.text))
+        return [f"{name}: {json_value(json.loads(structured.text))}"]
     if structured.kind == "choice":
-        return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(structured.text))
+        # One token of the grammar: as alternatives of a rule, only a few could be followed at once.
+        return [f"{name}: CHOICE", f"CHOICE: {_one_of(json.loads(structured.text))}"]
     # A slash ends an expression in a grammar, unless it stands behind a backslash.
     pattern = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", structured.text, flags=re.DOTALL)
-    return f"/{pattern}/" if structured.kind == "regex" else None
+    return [f"{name}: /{pattern}/"] if structured.kind == "regex" else None
 
 
 def argument_rules(
@@ -42,13 +43,17 @@ def argument_rules(
         tagged: How members are written; None for JSON.
         ids: Of special tokens.
     """
-    if tagged is None:
+    required = schema.get("required") or []
+    is_list = isinstance(required, list) and all(isinstance(key, str) for key in required)
+    # What is no schema is left to those who refuse it.
+    if tagged is None or not is_list:
         return [f"{name}: {json_value({'type': 'object', **schema})}"]
-    required = schema.get("required") or ()
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     members, rules = [], []
-    for place, (key, part) in enumerate((schema.get("properties") or {}).items()):
-        before, after = (literal(text, ids) for text in tagged.member.replace("{name}", key).split("{value}"))
+    parts = schema.get("properties") or {}
+    for place, (key, part) in enumerate({**parts, **{key: {} for key in required if key not in parts}}.items()):
+        before, after = tagged.member.split("{value}")
+        before, after = literal(before.replace("{name}", key), ids), literal(after, ids)
         member = f"{name}_{place}"
         members.append(member if key in required else f"{member}?")
         value = _value(part, definitions)
@@ -64,9 +69,16 @@ def _value(schema: Any, definitions: Mapping[str, Any]) -> str | None:
     """A value between tags; None for text without a bound."""
     if isinstance(schema, Mapping) and ("enum" in schema or "const" in schema):
         values = schema["enum"] if "enum" in schema else [schema["const"]]
+        if not isinstance(values, list):
+            return json_value(schema)
         texts = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in values]
-        return "(" + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts) + ")"
+        return f"({_one_of(texts)})"
     if not isinstance(schema, Mapping) or is_text(schema) or "string" in types_of(schema):
         return None
     # Without a type, and with no schema behind a name, it may be text.
     return json_value({**definitions, **schema}) if types_of(schema) or "$ref" in schema else None
+
+
+def _one_of(texts: Sequence[str]) -> str:
+    """Alternatives; none is an error of the grammar."""
+    return " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)

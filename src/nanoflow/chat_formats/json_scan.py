@@ -156,3 +156,11 @@ class JsonScan:
     def _break(self, place: int) -> int:
         self.is_broken = True
         return place
+
+
+def is_json(text: str) -> bool:
+    """True if a text is one JSON value, with nothing behind it but white space."""
+    scan = JsonScan()
+    end = scan.advance(text, 0)
+    scan.end()
+    return scan.is_done and not text[end:].strip(_SPACE)

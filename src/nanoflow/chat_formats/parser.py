@@ -17,6 +17,7 @@ from nanoflow.chat_formats.call_object import ObjectReader, Verdict
 from nanoflow.chat_formats.calls import Calls, new_call_id
 from nanoflow.chat_formats.events import ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import CallSyntax, ChatFormat, IdStyle
+from nanoflow.chat_formats.json_scan import is_json
 from nanoflow.chat_formats.markers import could_become, markers
 from nanoflow.chat_formats.sections import SectionText
 from nanoflow.chat_formats.tagged import Progress, TaggedReader
@@ -240,8 +241,9 @@ class ChatParser:
         self._start_call(reader.name, reader)
         if verdict is Verdict.STREAMS:
             return self._goto(self._read_arguments, reader.place)
-        self._events += self._found_calls.add("{}" if reader.arguments is None else reader.arguments)
-        self._events += self._found_calls.end(is_whole=True)
+        arguments = "{}" if reader.arguments is None else reader.arguments
+        self._events += self._found_calls.add(arguments)
+        self._events += self._found_calls.end(is_whole=is_json(arguments))
         return self._goto(self._read_tail, reader.place)
 
     # -- the arguments, and what follows them -----------------------------------------------------------------------

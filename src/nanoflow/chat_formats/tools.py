@@ -141,7 +141,12 @@ def _check_schema(place: str, name: str, schema: Any) -> None:
         except (TypeError, ValueError, RecursionError) as error:
             problem = f"it is no JSON: {error}"
     if problem is not None:
-        raise RequestError(f"invalid schema for function {name!r}: {problem}", param=place, code=_BAD_SCHEMA)
+        raise bad_schema(name, problem, place)
+
+
+def bad_schema(name: str, problem: str, param: str) -> RequestError:
+    """The error that the schema of a function's arguments, which is in the field `param`, cannot be used."""
+    return RequestError(f"invalid schema for function {name!r}: {problem}", param=param, code=_BAD_SCHEMA)
 
 
 def _refuse(param: str, problem: str) -> NoReturn:

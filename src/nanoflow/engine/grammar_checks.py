@@ -11,6 +11,7 @@ import dataclasses
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ _SCRIPT = Path(__file__).with_name("grammar_process.py")
 # Results that are kept, those used last.
 _NUM_KEPT = 512
 _NAME = "structured_outputs"
+# What users call a shape of a kind, where it has another name.
+_KINDS: Mapping[str, str] = {"json": "schema", "choice": "list of choices"}
 
 
 class GrammarChecks:
@@ -76,7 +79,7 @@ class GrammarChecks:
             return result
 
     def _result(self, structured: Structured) -> Structured | str:
-        """The shape to use, or why there is none."""
+        """The shape to use, without its parts, or why there is none."""
         result = self._known(structured)
         if result is None:
             result = self._check(structured)
@@ -87,19 +90,25 @@ class GrammarChecks:
         return result
 
     def _job(self, structured: Structured) -> dict[str, Any]:
-        job = dataclasses.asdict(structured)
+        job: dict[str, Any] = {"kind": structured.kind, "text": structured.text}
         if structured.kind == "grammar" and self._tokenizer is not None:
             job |= {"special": dict(self._tokenizer.mark_names), "vocab_size": self._tokenizer.vocab_size}
         return job
 
     def _check(self, structured: Structured) -> Structured | str:
+        # First the parts: of them it can be said what is wrong in the words of the request.
+        for part in structured.parts:
+            if isinstance(result := self._result(part), str):
+                return result
         try:
             reply = self._processes.ask(json.dumps(self._job(structured)).encode())
         except JobCrashError:
-            return "it is nested too deeply, or takes too much memory"
+            reply = {"error": "it is nested too deeply, or takes too much memory"}
         except JobLimitError as error:
-            return str(error)
-        return reply["error"] if "error" in reply else Structured(kind=structured.kind, text=reply["text"])
+            reply = {"error": str(error)}
+        if "error" in reply:
+            return f"the {_KINDS.get(structured.kind, structured.kind)} cannot be used: {reply['error']}"
+        return Structured(kind=structured.kind, text=reply["text"])
 
 
 def _shape_of(params: SamplingParams) -> Structured | None:
@@ -111,10 +120,5 @@ def _shape_of(params: SamplingParams) -> Structured | None:
 
 def _with(params: SamplingParams, result: Structured | str) -> SamplingParams:
     if isinstance(result, str):
-        raise RequestError(f"the {_kind_of(params)} cannot be used: {result}", param=_NAME)
+        raise RequestError(result, param=_NAME)
     return params if result == params.structured_outputs else dataclasses.replace(params, structured_outputs=result)
-
-
-def _kind_of(params: SamplingParams) -> str:
-    shape = _shape_of(params)
-    return {"json": "schema", "choice": "list of choices"}.get(shape.kind, shape.kind) if shape else "shape"

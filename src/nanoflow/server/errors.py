@@ -6,7 +6,7 @@ A message is for the sender of the request: it says what to change and tells not
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,7 +97,12 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
 
 
 @contextmanager
-def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> Iterator[None]:
+def user_errors(
+    param: str | None = None,
+    *,
+    fields: Mapping[str, str] = {},
+    explain: Callable[[RequestError], RequestError] | None = None,
+) -> Iterator[None]:
     """Convert the errors of a request (`RequestError`) and of a dead engine, raised in the block, to an `ApiError`.
 
     Any other exception is a bug of this program: it passes through and becomes a 500.
@@ -105,12 +110,14 @@ def user_errors(param: str | None = None, *, fields: Mapping[str, str] = {}) -> 
     Args:
         param: The field that is wrong, if the error does not say.
         fields: From a parameter to the field with its value, where the names differ.
+        explain: Makes an error of a request one that its sender understands; None leaves all as they are.
     """
     try:
         yield
     except RequestError as problem:
-        name = problem.param or param
-        raise ApiError(400, str(problem), param=fields.get(name or "", name), code=problem.code) from problem
+        said = problem if explain is None else explain(problem)
+        name = said.param or param
+        raise ApiError(400, str(said), param=fields.get(name or "", name), code=said.code) from problem
     except EngineDeadError as problem:
         raise ApiError(503, "the engine has ended, and this request with it", code="engine_dead") from problem
 

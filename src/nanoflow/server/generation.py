@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, overload
@@ -20,7 +20,7 @@ from nanoflow.engine.prompts import Prompt as ReadPrompt
 from nanoflow.engine.prompts import with_names
 from nanoflow.outputs import CompletionOutput, FinishReason, PositionLogprobs, RequestOutput
 from nanoflow.priorities import Priority, is_background
-from nanoflow.request import SamplingParams
+from nanoflow.request import RequestError, SamplingParams
 from nanoflow.server.admission import Admission
 from nanoflow.server.backend import AnyPrompt, ServingEngine
 from nanoflow.server.errors import ApiError, user_errors
@@ -56,6 +56,7 @@ class Call:
         priority: Who goes first (`priorities.py`).
         call_id: In the answer, and the label of the engine's requests.
         field_names: Field of the body that a parameter came in, where the names differ; for errors.
+        explain: Says what an error of the engine about the request is about in the body, where that is not a field.
         created: Seconds since 1970.
     """
 
@@ -69,6 +70,7 @@ class Call:
     priority: Priority = 0
     call_id: str
     field_names: Mapping[str, str] = field(default_factory=dict)
+    explain: Callable[[RequestError], RequestError] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def choice_index(self, prompt_index: int, completion: CompletionOutput) -> int:
@@ -110,7 +112,7 @@ class Call:
         return [last[index] for index in range(len(self.prompts))]
 
     async def _of_one(self, prompt: AnyPrompt, index: int, streams: bool) -> AsyncGenerator[News, None]:
-        with user_errors(fields=self.field_names):
+        with user_errors(fields=self.field_names, explain=self.explain):
             name = f"{self.call_id}-{index}"
             # A prompt without names stays as it is.
             names = {

@@ -15,7 +15,6 @@ from nanoflow.chat_formats.choice import choose_format
 from nanoflow.chat_formats.events import ArgumentsDelta, CallEnded, CallStarted, ContentDelta, Event, ReasoningDelta
 from nanoflow.chat_formats.formats import ChatFormat
 from nanoflow.chat_formats.grammar import answer_grammar, grammar_of
-from nanoflow.chat_formats.grammar_arguments import shape_rule
 from nanoflow.chat_formats.parser import ChatParser
 from nanoflow.chat_formats.tools import Calling, tool_names
 from nanoflow.engine.prompts import Prompt
@@ -279,17 +278,17 @@ def params_for(
     if params.structured_outputs is not None and _answer_schema(params.structured_outputs) is None:
         message = "beside strict functions the answer can have a JSON schema, but no other shape"
         raise ApiError(400, message, param=body.field_names["structured_outputs"])
-    return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar))
+    parts = () if params.structured_outputs is None else (params.structured_outputs,)
+    return dataclasses.replace(params, structured_outputs=Structured(kind="grammar", text=grammar, parts=parts))
 
 
 def _behind_reasoning(reading: Reading, params: SamplingParams, special: Mapping[str, int]) -> Structured | None:
     """The shape of a whole text whose answer has a shape: reasoning may come before it."""
     structured = params.structured_outputs
-    rule = None if structured is None else shape_rule(structured)
-    if rule is None:
-        return structured
-    grammar = answer_grammar(reading.form, rule, special=special, is_reasoning=reading.is_reasoning)
-    return structured if grammar is None else Structured(kind="grammar", text=grammar)
+    if structured is None:
+        return None
+    grammar = answer_grammar(reading.form, structured, special=special, is_reasoning=reading.is_reasoning)
+    return structured if grammar is None else Structured(kind="grammar", text=grammar, parts=(structured,))
 
 
 def _answer_schema(structured: Structured | None) -> Mapping[str, Any] | None:

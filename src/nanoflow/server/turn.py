@@ -9,19 +9,23 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
 
 from nanoflow.chat_formats.events import Event
+from nanoflow.chat_formats.grammar import blamed
 from nanoflow.outputs import FinishReason, RequestOutput
+from nanoflow.request import RequestError
 from nanoflow.server.errors import ApiError, invalid_body
 from nanoflow.server.generation import Call, Cursor, new_id
 from nanoflow.server.protocol import ChatCompletionRequest
 from nanoflow.server.reading import Reading, after_prompt, found_in, params_for, reading_of, with_form
 from nanoflow.server.service import Service
 from nanoflow.server.streaming import while_connected
+from nanoflow.structured import Structured
 
 Names = Sequence[tuple[str, str]]
 """Regular expressions of fields of a chat completion, and the fields of another body that they come from."""
@@ -95,6 +99,7 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
     """
     service.check_model(body.model)
     params, call_id = service.sampling(body), new_id("chatcmpl")
+    asked = params.structured_outputs
     trace = service.trace("chat", request, params, call_id)
     reading = reading_of(service, body, params)
     service.admission.check(params.n)
@@ -114,9 +119,24 @@ async def begin_turn(service: Service, body: ChatCompletionRequest, request: Req
         priority=body.priority_in(request.scope),
         call_id=call_id,
         trace=trace,
-        field_names=body.field_names,
+        field_names=_field_names(body),
+        explain=partial(_explained, body, asked, params.structured_outputs),
     )
     return Turn(body=body, call=call, reading=reading)
+
+
+def _field_names(body: ChatCompletionRequest) -> Mapping[str, str]:
+    """Fields of the body by parameters; a shape that the body has not is that of calls of its tools."""
+    return {"structured_outputs": "tools", **body.field_names}
+
+
+def _explained(
+    body: ChatCompletionRequest, asked: Structured | None, shape: Structured | None, problem: RequestError
+) -> RequestError:
+    """An error about the shape of the text, as one about the function whose schema is wrong, if that is so."""
+    if shape is None or shape == asked or problem.param != "structured_outputs":
+        return problem
+    return blamed(shape.text, problem, body.tools or (), body.choice)
 
 
 def read_chat(service: Service, fields: Mapping[str, Any], *, generates: bool = True) -> ChatCompletionRequest:
