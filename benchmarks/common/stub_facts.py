@@ -10,6 +10,7 @@ from nanoflow.engine.messages import EngineFacts
 _ROOMY = EngineFacts(
     model_type="stub",
     vocab_size=1 << 30,
+    hidden_size=64,
     max_model_len=1 << 20,
     eos_token_ids=(),
     num_pages=1 << 20,

@@ -19,6 +19,13 @@ GrammarKind = Literal["json", "regex", "choice", "grammar", "structural_tag"]
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_GRAMMAR_CHOICES = 10_000
 ANY_OBJECT = '{"type": "object"}'
+# What a `response_format` has beside its type, by its type.
+_PARTS_OF_FORMAT: Mapping[str, Sequence[str]] = {
+    "text": (),
+    "json_object": (),
+    "json_schema": ("json_schema",),
+    "structural_tag": ("structures", "triggers", "format"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +85,11 @@ def read_response_format(name: str, value: object) -> Structured | None:
     """
     if not isinstance(value, Mapping):
         raise RequestError(f"{name} must be an object, got {shown(value)}")
-    match value.get("type"):
+    kind = value.get("type")
+    for key, part in value.items():
+        if part is not None and key not in ("type", *_PARTS_OF_FORMAT.get(str(kind), (key,))):
+            raise RequestError(f"{name} of type {shown(kind)} has no {shown(key)}")
+    match kind:
         case "text":
             return None
         case "json_object":
@@ -102,7 +113,7 @@ def _read_json_schema(name: str, value: object) -> Structured:
     strict = value.get("strict")
     if strict is not None and not isinstance(strict, bool):
         raise RequestError(f"{name}.strict must be true or false, got {shown(strict)}")
-    return _read_schema(f"{name}.schema", value.get("schema", {}))
+    return _read_schema(f"{name}.schema", value.get("schema"))
 
 
 def _read_schema(name: str, value: object) -> Structured:

@@ -227,6 +227,22 @@ def test_failures_of_messages_have_the_shape_of_their_api(http: httpx.Client, en
         assert (answer.status_code, error["type"], error["error"]["type"]) == (status, "error", kind)
         assert error["error"].get("param") == param and answer.headers["x-request-id"]
     assert http.get("/v1/messages/x").json()["error"]["type"] == "not_found_error"
+    # By this code Anthropic's runner of tools knows that it has to send the whole conversation each time.
+    refused = http.post("/v1/messages", json={**body, "thread": {"type": "create"}}).json()
+    assert refused["error"]["details"] == {"error_code": "thread_unsupported_request"}
+
+
+# /v1/embeddings
+
+
+def test_dimensions_are_looked_at_first(http: httpx.Client, engine: BreakingEngine) -> None:
+    before, size = len(engine.prompts), engine.facts.hidden_size
+    refused = http.post("/v1/embeddings", json={"input": "a", "dimensions": size + 1}).json()["error"]
+    assert (refused["param"], refused["message"]) == (
+        "dimensions",
+        f"dimensions must be in [1, {size}], got {size + 1}",
+    )
+    assert len(engine.prompts) == before
 
 
 def test_either_header_has_the_key(root_url: str) -> None:

@@ -93,6 +93,13 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     assert [len(output.outputs[0].token_ids) for output in outputs] == [one.max_tokens for one in params]
 
 
+def test_dimensions_are_looked_at_before_anything_is_computed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "generate", None)
+    for wrong in (0, llm.facts.hidden_size + 1, "3", 1.5):
+        with pytest.raises(RequestError, match="dimensions must be "):
+            llm.embed("a", dimensions=wrong)  # type: ignore[arg-type]
+
+
 def test_all_log_probabilities_are_a_distribution(model: str) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=-1, prompt_logprobs=-1)
     with LLM(model, **ENGINE_OPTIONS, max_logprobs=-1) as llm:

@@ -315,6 +315,7 @@ def test_vectors(server: ServerProcess, http: httpx.Client) -> None:
     ):
         refused = embed(**body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field), body
+    assert embed(input=[5, 10**6]).json()["error"]["message"].startswith("input: token id 1000000")
     refused = embed(input="a" * 2**21)
     assert (refused.status_code, refused.json()["error"]["param"]) == (413, "input")
 

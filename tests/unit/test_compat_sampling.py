@@ -19,6 +19,7 @@ from nanoflow.structured import Structured
 FACTS = EngineFacts(
     model_type="toy",
     vocab_size=100,
+    hidden_size=8,
     max_model_len=64,
     eos_token_ids=(0,),
     num_pages=64,

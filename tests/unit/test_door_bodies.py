@@ -8,11 +8,13 @@ from typing import Any, cast
 import pytest
 from pydantic import ValidationError
 
-from nanoflow.server.errors import ApiError
+from nanoflow.server.errors import ApiError, invalid_body
 from nanoflow.server.late_system import as_user, with_shown_system
+from nanoflow.server.message_chat import NAMES as MESSAGE_NAMES
 from nanoflow.server.message_chat import chat_fields as message_chat
 from nanoflow.server.message_fields import MessageCountRequest, MessageRequest
 from nanoflow.server.protocol import ChatCompletionRequest
+from nanoflow.server.response_chat import NAMES as RESPONSE_NAMES
 from nanoflow.server.response_chat import chat_fields as response_chat
 from nanoflow.server.response_chat import input_items
 from nanoflow.server.response_fields import ResponseRequest
@@ -250,12 +252,37 @@ def check_refused(model: Any, fields: dict[str, Any], place: str, words: str) ->
     assert loc.startswith(place) and words in problem["msg"]
 
 
+@pytest.mark.parametrize(
+    "model, fields, param, code",
+    [
+        (ResponseRequest, {"include": ["message.output_text.logprobs"]}, "include", None),
+        (ResponseRequest, {"metadata": {"a": "b" * 513}}, "metadata", None),
+        (ResponseRequest, {"tool_choice": "any"}, "tool_choice", None),
+        (ResponseRequest, {"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.type", None),
+        (ChatCompletionRequest, {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", None),
+        (ChatCompletionRequest, {"tool_choice": 5}, "tool_choice", None),
+        (MessageRequest, {"thread": {"type": "create"}}, "thread", "thread_unsupported_request"),
+    ],
+)
+def test_the_place_of_a_mistake_is_told_once(model: Any, fields: dict[str, Any], param: str, code: str | None) -> None:
+    given = {"input": "a"} if model is ResponseRequest else {"messages": [{"role": "user", "content": "a"}]}
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate({**given, **({"max_tokens": 1} if model is MessageRequest else {}), **fields})
+    error = invalid_body([{**problem, "loc": ("body", *problem["loc"])} for problem in caught.value.errors()])
+    assert (error.param, error.code) == (param, code) and "literal" not in error.message
+
+
 def test_errors_name_the_fields_that_were_sent() -> None:
     names = ((r"messages\b.*", "input"), (r"(tools\[\d+\])\.function\b(.*)", r"\1\2"))
     for param, expected in (("messages.3.content", "input"), ("tools[1].function.name", "tools[1].name"), ("n", "n")):
         with pytest.raises(ApiError) as caught, by_names(names):
             raise ApiError(400, f"{param} is wrong", param=param)
         assert caught.value.param == expected and caught.value.message == f"{expected} is wrong"
+    for doors_names, field in ((RESPONSE_NAMES, "text.format"), (MESSAGE_NAMES, "output_config.format")):
+        for place, expected in (("json_schema.schema", "schema"), ("type", "type")):
+            with pytest.raises(ApiError) as caught, by_names(doors_names):
+                raise ApiError(400, f"response_format.{place} is wrong", param="response_format")
+            assert caught.value.param == field and caught.value.message == f"{field}.{expected} is wrong"
 
 
 def test_late_system_messages_become_text_of_the_user() -> None:

@@ -133,6 +133,14 @@ def test_items_have_the_order_of_the_text() -> None:
     assert blocks[0]["signature"] and blocks[2]["input"]["city"] == "Paris é 東京 🌧" and blocks[4]["text"] == "Done."
 
 
+def test_a_call_that_is_cut_off_is_incomplete() -> None:
+    """Whoever makes the calls of a response must not take such a one for whole."""
+    text = TWO_CALLS[: TWO_CALLS.index("Paris")]
+    items, streamed = response_of(parsed("hermes", [text]), is_cut=True)
+    assert items == streamed and items[-1]["type"] == "function_call"
+    assert [item["status"] for item in items] == ["completed", "completed", "incomplete"]
+
+
 def test_a_response_without_text_has_an_empty_message() -> None:
     items, streamed = response_of([[]])
     assert items == streamed and items[0]["type"] == "message" and items[0]["content"][0]["text"] == ""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanoflow.batch import DenseBatch, PromptPooling
-from nanoflow.engine.embeddings import embedding_params, finished_vector
+from nanoflow.engine.embeddings import embedding_params, finished_vector, read_dimensions
 from nanoflow.executor.layout import lay_out
 from nanoflow.executor.pooling import Pooler
 from nanoflow.request import Pooling, Request, RequestError, SamplingParams
@@ -87,7 +87,10 @@ def test_what_is_made_of_a_vector() -> None:
     assert finished_vector([3.0, 4.0, 12.0], dimensions=2) == pytest.approx([0.6, 0.8])
     assert finished_vector([3.0, 4.0], normalize=False) == [3.0, 4.0]
     assert all(map(math.isfinite, finished_vector([0.0, 0.0])))
-    with pytest.raises(RequestError, match="dimensions must be from 1 to 2, got 3"):
-        finished_vector([3.0, 4.0], dimensions=3)
+    assert [read_dimensions(given, 256) for given in (None, 1, 256, 2.0, np.int64(3))] == [None, 1, 256, 2, 3]
+    for wrong in (0, 257, 1.5, "2", True):
+        with pytest.raises(RequestError, match="dimensions must be ") as caught:
+            read_dimensions(wrong, 256)
+        assert caught.value.param == "dimensions"
     with pytest.raises(RequestError, match="pooling must be last or mean, got 'max'"):
         embedding_params("max")

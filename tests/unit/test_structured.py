@@ -127,6 +127,14 @@ def test_what_is_no_shape_is_refused(given: Any, message: str) -> None:
             "response_format.json_schema has no 'shema': it has name, description, schema and strict",
         ),
         (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema must be a JSON schema, which is an object, got None",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            "response_format of type 'json_object' has no 'schema'",
+        ),
+        (
             {"response_format": {"type": "json_schema", "json_schema": {"strict": 1}}},
             "response_format.json_schema.strict must be true or false, got 1",
         ),

@@ -281,6 +281,7 @@ def _facts(setup: _Setup, limits: SchedulerLimits, *, load_s: float, warm_up_s: 
     return EngineFacts(
         model_type=setup.graph.name,
         vocab_size=vocab_size,
+        hidden_size=setup.model_config.hidden_size,
         max_model_len=limits.max_model_len,
         eos_token_ids=setup.model_config.eos_token_ids,
         num_pages=limits.num_pages,

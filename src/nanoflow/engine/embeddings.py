@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanoflow.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
-from nanoflow.parameters import shown
+from nanoflow.parameters import Whole, shown
 from nanoflow.request import Pooling, RequestError, SamplingParams
 
 
@@ -32,6 +32,24 @@ def embedding_params(pooling: str = "last", truncate_prompt_tokens: int | None =
     )
 
 
+def read_dimensions(value: object, hidden_size: int) -> int | None:
+    """How many first numbers of a vector are kept, before anything is computed; None keeps all.
+
+    Args:
+        value: What is asked for.
+        hidden_size: Numbers of the whole vector.
+
+    Raises:
+        RequestError: It is no integer, or the vector has fewer numbers.
+    """
+    if value is None:
+        return None
+    try:
+        return Whole(low=1, high=hidden_size).read("dimensions", value)
+    except RequestError as problem:
+        raise RequestError(str(problem), param="dimensions") from None
+
+
 def numbers_of(vector: bytes) -> list[float]:
     """A vector as the engine sends it (`StepOutput.pooled`), as numbers."""
     numbers: list[float] = np.frombuffer(vector, np.float32).tolist()
@@ -39,13 +57,7 @@ def numbers_of(vector: bytes) -> list[float]:
 
 
 def finished_vector(vector: Sequence[float], *, dimensions: int | None = None, normalize: bool = True) -> list[float]:
-    """The first `dimensions` numbers of a vector, with length 1 if wanted.
-
-    Raises:
-        RequestError: It has fewer.
-    """
-    if dimensions is not None and not 1 <= dimensions <= len(vector):
-        raise RequestError(f"dimensions must be from 1 to {len(vector)}, got {dimensions}", param="dimensions")
+    """The first `dimensions` numbers of a vector, with length 1 if wanted."""
     numbers = np.array(vector[:dimensions], np.float32)
     length = float(np.linalg.norm(numbers)) if normalize else 1.0
     shown_numbers: list[float] = (numbers / max(length, 1e-12)).tolist()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanoflow.compat.calls import CALLS, METHODS, pass_over
 from nanoflow.config import DEFAULT_MODEL, UNWATCHED_DEFAULTS, EngineConfig
 from nanoflow.engine.conversation import Conversation
-from nanoflow.engine.embeddings import as_embedding, embedding_params
+from nanoflow.engine.embeddings import as_embedding, embedding_params, read_dimensions
 from nanoflow.engine.errors import EngineDeadError
 from nanoflow.engine.garbage import heap_left_alone
 from nanoflow.engine.grammar_checks import GrammarChecks
@@ -242,8 +242,9 @@ class LLM:
             RequestError, EngineDeadError: As for `generate`.
         """
         params = embedding_params(pooling, truncate_prompt_tokens)
+        kept = read_dimensions(dimensions, self.facts.hidden_size)
         outputs = self.generate(prompts, params, use_tqdm)
-        return [as_embedding(output, dimensions=dimensions, normalize=normalize) for output in outputs]
+        return [as_embedding(output, dimensions=kept, normalize=normalize) for output in outputs]
 
     def add(
         self, request_id: str, prompt: PromptInput, params: SamplingParams, priority: Priority | None = None

@@ -115,6 +115,7 @@ class EngineFacts:
     Attributes:
         model_type: Architecture and size, to be shown.
         vocab_size: Width of the logits; a token id must be below it.
+        hidden_size: Numbers of a hidden state, and so of the vector of a prompt.
         max_model_len: Longest prompt plus completion, already cut to what the KV pages can hold.
         eos_token_ids: The model's end of sequence (config.json and generation_config.json).
         num_pages, page_size: The KV cache: pages of its largest pool, and tokens a page.
@@ -134,6 +135,7 @@ class EngineFacts:
 
     model_type: str
     vocab_size: int
+    hidden_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     num_pages: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Tag, model_validator
 
 from nanoflow.parameters import INT32_MAX, RequestError, is_whole, shown
 from nanoflow.server.foreign import ForeignFields, without_foreign
@@ -41,6 +42,13 @@ Text = Annotated[str, AfterValidator(_check_unicode)]
 WholeNumber = Annotated[int, BeforeValidator(_read_whole)]
 """An integer, which JSON may also write as 2.0."""
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+ChoiceWord = Annotated[Literal["none", "auto", "required"], Tag("<word>")]
+"""A `tool_choice` that is no object."""
+
+
+def word_or_object(value: Any) -> str:
+    """The tag of a value that may be a word or an object, so that an error is about that form alone."""
+    return "<object>" if isinstance(value, dict | BaseModel) else "<word>"
 
 
 def _document_foreign(schema: dict[str, Any], model: type[RequestBody]) -> None:
@@ -64,3 +72,16 @@ class RequestBody(BaseModel):
             return body
         is_open = cls.model_config.get("extra") == "allow"
         return without_foreign(body, cls.model_fields, cls.foreign, is_open=is_open)
+
+
+def only_types(what: str, *known: str) -> Callable[[Any], Any]:
+    """A validator that refuses objects whose `type` is not one of `known`, by name; it leaves the rest to others."""
+
+    def check(value: Any) -> Any:
+        kind = value.get("type", known[0]) if isinstance(value, dict) else known[0]
+        if kind not in known:
+            names = ", ".join(known)
+            raise RequestError(f"{what} of type {shown(kind)} are not taken here, only {names}", param="type")
+        return value
+
+    return check

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nanoflow.chat_formats.tools import ToolChoice, read_tool_choice, read_tools
 from nanoflow.engine.conversation import MAX_ROLE_CHARS, joined_text, read_tool_calls
 from nanoflow.parameters import RequestError
-from nanoflow.server.body import RequestBody, Text
+from nanoflow.server.body import ChoiceWord, RequestBody, Text, only_types, word_or_object
 from nanoflow.server.foreign import OF_MESSAGES, OF_PARTS, ForeignFields
 
 
@@ -87,6 +87,12 @@ class NamedTool(RequestBody):
     function: FunctionName
 
 
+ToolChoiceField = Annotated[
+    ChoiceWord | Annotated[NamedTool, BeforeValidator(only_types("choices", "function")), Tag("<object>")],
+    Discriminator(word_or_object),
+]
+
+
 class Conversation(RequestBody):
     """Messages and how to turn them into a prompt."""
 
@@ -99,7 +105,7 @@ class Conversation(RequestBody):
     tools: list[dict[str, Any]] | None = Field(
         None, description='Functions that the model may call, each {"type": "function", "function": {...}}'
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+    tool_choice: ToolChoiceField | None = Field(
         None, description="Whether the model calls a function, or which; auto if not given"
     )
     reasoning_effort: Annotated[Text, Field(min_length=1, max_length=32)] | None = Field(

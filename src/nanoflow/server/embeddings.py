@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from nanoflow.engine.embeddings import embedding_params, finished_vector
+from nanoflow.engine.embeddings import embedding_params, finished_vector, read_dimensions
 from nanoflow.outputs import RequestOutput
 from nanoflow.server.answers import answer_of, beside
 from nanoflow.server.bodies import BodyRoute
@@ -29,6 +29,8 @@ def embeddings_router(service: Service) -> APIRouter:
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """A vector for each input."""
         service.check_model(body.model)
+        with user_errors():
+            read_dimensions(body.dimensions, service.engine.facts.hidden_size)
         params, call_id = embedding_params(body.pooling or "last"), new_id("embd")
         trace = service.trace("embeddings", request, params, call_id)
         prompts, deadline_s = body.inputs, service.deadline_s(request)
@@ -54,8 +56,7 @@ def embeddings_router(service: Service) -> APIRouter:
 
 async def _answer(service: Service, body: EmbeddingRequest, call: Call) -> EmbeddingResponse:
     outputs = await call.outputs()
-    with user_errors():
-        vectors = await beside(partial(_vectors, body, outputs))
+    vectors = await beside(partial(_vectors, body, outputs))
     usage = count_usage(outputs, is_completion_hidden=True)
     return {
         "id": call.call_id,

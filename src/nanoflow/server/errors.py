@@ -6,6 +6,7 @@ A message is for the sender of the request: it says what to change and tells not
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -116,8 +117,11 @@ def user_errors(
         yield
     except RequestError as problem:
         said = problem if explain is None else explain(problem)
-        name = said.param or param
-        raise ApiError(400, str(said), param=fields.get(name or "", name), code=said.code) from problem
+        message, name = str(said), said.param or param or ""
+        field = fields.get(name, name)
+        if name and re.match(rf"{re.escape(name)}\b", message):
+            message = field + message.removeprefix(name)
+        raise ApiError(400, message, param=field or None, code=said.code) from problem
     except EngineDeadError as problem:
         raise ApiError(503, "the engine has ended, and this request with it", code="engine_dead") from problem
 
@@ -172,7 +176,8 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if len(texts) > MAX_PROBLEMS_SHOWN:
         texts[MAX_PROBLEMS_SHOWN:] = [f"and {len(texts) - MAX_PROBLEMS_SHOWN} more"]
     places = [_place(problem) for problem in problems]
-    return ApiError(400, "; ".join(texts), param=places[0] if places and places[0] else None)
+    code = problems[0].get("ctx", {}).get("code") if problems else None
+    return ApiError(400, "; ".join(texts), param=places[0] if places and places[0] else None, code=code)
 
 
 def _problem_text(problem: Mapping[str, Any]) -> str:

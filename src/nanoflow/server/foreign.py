@@ -26,11 +26,13 @@ class Foreign:
         harmless: Values with which the field has no effect, beside null; None if no value has an effect.
         reason: What the field is about, or why it has no effect.
         same_as: Another field; with the value of that field, this one has no effect either.
+        code: Error code of a refusal that client programs look for; None if they look for none.
     """
 
     harmless: tuple[Any, ...] | None
     reason: str
     same_as: str | None = None
+    code: str | None = None
 
     def is_harmless(self, value: Any, body: Mapping[Any, Any]) -> bool:
         """True if the field of a body has no effect; 1 is not true, and 0 is not false."""
@@ -98,6 +100,7 @@ _ANSWER: ForeignFields = {
     "return_token_strs": Foreign((False,), "tokens in the answer"),
     "web_search_options": Foreign((), "looking things up"),
     "store": Foreign((False,), "keeping the answer at the server"),
+    "moderation": Foreign((), "judgements of texts"),
     "kv_transfer_params": Foreign((), "caches of other servers"),
     "vllm_xargs": Foreign(({},), "arguments of extensions"),
 }
@@ -109,6 +112,7 @@ _LABELS: ForeignFields = {
     "service_tier": Foreign(None, "who goes first, where completions are asked for"),
     "priority": Foreign(None, "who goes first, where completions are asked for"),
     "prompt_cache_key": Foreign(None, "caches of prompts do not change an answer"),
+    "prompt_cache_options": Foreign(None, "caches of prompts do not change an answer"),
     "prompt_cache_retention": Foreign(None, "caches of prompts do not change an answer"),
 }
 
@@ -164,11 +168,11 @@ def without_foreign(
             hint = did_you_mean(str(name), own) or ""
             raise _refusal(name, f"unknown field {shown(name)}{hint}")
         if not foreign[name].is_harmless(body[name], body):
-            raise _refusal(name, f"{name} is not supported by this server")
+            raise _refusal(name, f"{name} is not supported by this server", foreign[name].code)
     return {name: value for name, value in body.items() if name in own or name not in foreign}
 
 
-def _refusal(name: Any, message: str) -> PydanticCustomError:
+def _refusal(name: Any, message: str, code: str | None = None) -> PydanticCustomError:
     # As an argument: the template of a message is a format string, and a client may write braces, and lone surrogates.
     field = str(name).encode("utf-8", "replace").decode()
-    return PydanticCustomError("field", "{message}", {"message": message, "field": field})
+    return PydanticCustomError("field", "{message}", {"message": message, "field": field, "code": code})

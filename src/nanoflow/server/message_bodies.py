@@ -7,12 +7,19 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 
+class MessageErrorCode(TypedDict):
+    """A word for programs."""
+
+    error_code: str
+
+
 class MessageErrorDetail(TypedDict):
-    """What went wrong; `param` names the field, where it is known."""
+    """What went wrong; `param` names the field, where it is known, and `details` has a code, where there is one."""
 
     type: str
     message: str
     param: NotRequired[str]
+    details: NotRequired[MessageErrorCode]
 
 
 class MessageError(TypedDict):

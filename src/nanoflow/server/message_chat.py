@@ -25,7 +25,7 @@ Message = dict[str, Any]
 NAMES: Names = (
     (r"max_(completion_)?tokens$", "max_tokens"),
     (r"stop$", "stop_sequences"),
-    (r"response_format\b.*", "output_config.format"),
+    (r"response_format\b(?:\.json_schema\b)?(.*)", r"output_config.format\1"),
     (r"reasoning_effort$", "output_config.effort"),
     (r"thinking_token_budget$", "thinking.budget_tokens"),
     (r"(tools\[\d+\])\.function\.parameters\b(.*)", r"\1.input_schema\2"),

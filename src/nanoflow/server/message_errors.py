@@ -36,6 +36,8 @@ def message_error(status: int, error: Mapping[str, Any]) -> MessageError:
     detail: MessageErrorDetail = {"type": kind, "message": error["message"]}
     if error.get("param") is not None:
         detail["param"] = error["param"]
+    if error.get("code") is not None:
+        detail["details"] = {"error_code": error["code"]}
     return {"type": "error", "error": detail}
 
 

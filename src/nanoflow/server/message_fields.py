@@ -11,11 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from nanoflow.parameters import RequestError
-from nanoflow.server.body import RequestBody, Text, WholeNumber
+from nanoflow.server.body import RequestBody, Text, WholeNumber, only_types
 from nanoflow.server.foreign import Foreign, ForeignFields
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.protocol import SessionId
-from nanoflow.server.response_fields import only_types
 
 _CACHE = Foreign(None, "caches of prompts do not change an answer")
 _OF_BLOCKS: ForeignFields = {
@@ -33,14 +32,20 @@ _OF_TOOLS: ForeignFields = {
 }
 OF_MESSAGE_REQUESTS: ForeignFields = {
     "cache_control": _CACHE,
+    "billing_policy": Foreign(None, "who pays"),
+    "compaction": Foreign((), "conversations that are shortened"),
     "container": Foreign((), "programs that the server runs"),
     "diagnostics": Foreign(None, "wishes about caches, which do not change an answer"),
+    "fallback_credit_token": Foreign(None, "who pays"),
+    "fallbacks": Foreign(([], "default"), "other models for what the model declines"),
     "inference_geo": Foreign((), "places of servers"),
     "mcp_servers": Foreign(([],), "tools that the server calls"),
     "metadata": Foreign(None, "labels of the client's"),
     "service_tier": Foreign(None, "none of Anthropic's tiers changes something"),
     "speed": Foreign(("standard",), "answers that come sooner"),
     "betas": Foreign(None, "what is not there is refused by name"),
+    # By this code Anthropic's clients know that they have to send the whole conversation each time.
+    "thread": Foreign((), "conversations that are kept", code="thread_unsupported_request"),
     "user_profile_id": Foreign(None, "a label of the client's"),
     "workspace_id": Foreign(None, "a label of the client's"),
 }

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 NAMES: Names = (
     (r"messages\b.*", "input"),
     (r"max_(completion_)?tokens$", "max_output_tokens"),
-    (r"response_format\b.*", "text.format"),
+    (r"response_format\b(?:\.json_schema\b)?(.*)", r"text.format\1"),
     (r"reasoning_effort$", "reasoning.effort"),
     (r"(tools\[\d+\])\.function\b(.*)", r"\1\2"),
 )

@@ -110,8 +110,8 @@ class ResponseOutput:
             case ArgumentsDelta(_, text) if self._open is not None:
                 self._open.pieces.append(text)
                 yield self._open.about("function_call_arguments.delta", delta=text)
-            case CallEnded():
-                yield from self._end()
+            case CallEnded(_, is_whole):
+                yield from self._end("completed" if is_whole else "incomplete")
 
     def _add_text(self, kind: str, text: str, **fields: Any) -> Iterator[StreamEvent]:
         if self._open is None or self._open.item["type"] != kind:

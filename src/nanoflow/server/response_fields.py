@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from nanoflow.parameters import RequestError, shown
-from nanoflow.server.body import RequestBody, Text
+from nanoflow.server.body import ChoiceWord, RequestBody, Text, only_types, word_or_object
 from nanoflow.server.foreign import OF_STREAMS, Foreign, ForeignFields
 from nanoflow.server.parameter import Parameter
 from nanoflow.server.priority_fields import PriorityFields
@@ -59,19 +59,6 @@ OF_RESPONSES: ForeignFields = {
     "request_id": Foreign(None, "a label of the client's; the answer has an id of the server's"),
 }
 """Fields of bodies of /v1/responses."""
-
-
-def only_types(what: str, *known: str) -> Callable[[Any], Any]:
-    """A validator that refuses objects whose `type` is not one of `known`, by name; it leaves the rest to others."""
-
-    def check(value: Any) -> Any:
-        kind = value.get("type", known[0]) if isinstance(value, dict) else known[0]
-        if kind not in known:
-            names = ", ".join(known)
-            raise RequestError(f"{what} of type {shown(kind)} are not taken here, only {names}", param="type")
-        return value
-
-    return check
 
 
 class InputPart(RequestBody):
@@ -191,6 +178,12 @@ class NamedFunction(RequestBody):
     name: Text
 
 
+ToolChoiceField = Annotated[
+    ChoiceWord | Annotated[NamedFunction, BeforeValidator(only_types("choices", "function")), Tag("<object>")],
+    Discriminator(word_or_object),
+]
+
+
 class ReasoningOptions(RequestBody):
     """How the model thinks."""
 
@@ -238,7 +231,7 @@ class ResponseRequest(PriorityFields):
         None, description="Up to the context length if not given"
     )
     tools: list[Annotated[FunctionTool, BeforeValidator(only_types("tools", "function"))]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call; true if not given")
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
@@ -263,7 +256,7 @@ class ResponseRequest(PriorityFields):
         for name, text in (value or {}).items():
             if len(name) > MAX_LABEL_CHARS or len(text) > MAX_LABEL_TEXT_CHARS:
                 most = f"{MAX_LABEL_CHARS} characters, and a text of {MAX_LABEL_TEXT_CHARS}"
-                raise RequestError(f"metadata: a name has at most {most}", param="metadata")
+                raise RequestError(f"metadata: a name has at most {most}")
         return value
 
     @field_validator("include")
@@ -271,5 +264,5 @@ class ResponseRequest(PriorityFields):
     def _check_include(cls, value: list[str] | None) -> list[str] | None:
         for name in value or ():
             if name != _ENCRYPTED:
-                raise RequestError(f"include: {shown(name)} is not offered by this server", param="include")
+                raise RequestError(f"include: {shown(name)} is not offered by this server")
         return value

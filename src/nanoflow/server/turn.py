@@ -29,6 +29,8 @@ from nanoflow.structured import Structured
 
 Names = Sequence[tuple[str, str]]
 """Regular expressions of fields of a chat completion, and the fields of another body that they come from."""
+# What may follow the name of a field, down to a field of its value.
+_INSIDE = re.compile(r"(\.\w+|\[\d+\])*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +167,15 @@ def by_names(names: Names) -> Iterator[None]:
     try:
         yield
     except ApiError as problem:
-        param = problem.param and next(
-            (found.expand(to) for pattern, to in names if (found := re.match(pattern, problem.param))), problem.param
-        )
-        message = problem.message if not problem.param else problem.message.replace(problem.param, param or "", 1)
+        param, message = problem.param and _renamed(problem.param, names), problem.message
+        if problem.param and message.startswith(problem.param):
+            inside = _INSIDE.match(message, len(problem.param))
+            end = len(problem.param) if inside is None else inside.end()
+            message = _renamed(message[:end], names) + message[end:]
+        elif problem.param:
+            message = message.replace(problem.param, param or "", 1)
         raise ApiError(problem.status, message, param=param, code=problem.code, headers=problem.headers) from problem
+
+
+def _renamed(place: str, names: Names) -> str:
+    return next((found.expand(to) for pattern, to in names if (found := re.match(pattern, place))), place)
