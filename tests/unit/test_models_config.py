@@ -131,6 +131,13 @@ def test_layers_without_experts() -> None:
         parse({**base, "decoder_sparse_step": 0})
 
 
+def test_a_window_that_is_missing_is_asked_for_by_what_the_architecture_has() -> None:
+    with pytest.raises(ModelError, match="'sliding_window' is missing, but the architecture asks for windows"):
+        parse({**LLAMA, "architectures": ["GptOssForCausalLM"], "sliding_window": None})
+    with pytest.raises(ModelError, match="'sliding_window' is missing, but sliding_window_pattern asks for windows"):
+        parse({**LLAMA, "architectures": ["Gemma3ForCausalLM"], "head_dim": 16, "sliding_window": None})
+
+
 def test_windows_of_a_qwen_2_moe_come_early() -> None:
     """Every other layer before `max_window_layers` has one, unlike in other Qwens, where those from it on do."""
     base = {**LLAMA, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}

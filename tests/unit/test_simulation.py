@@ -16,8 +16,11 @@ from benchmarks.predictions.validation import compare
 from nanoflow.cli.main import main
 from nanoflow.config import ConfigError
 from nanoflow.graph.operation import BatchShape
+from nanoflow.hardware import parse_gpus
+from nanoflow.models.presets import PRESETS
 from nanoflow.plan.book import BookLimits, StoredBook
 from nanoflow.plan.iteration_time import IterationTime
+from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import Cost, Profile
 from nanoflow.run_metrics import RunMetrics
 from nanoflow.scheduler.limits import SchedulerLimits
@@ -214,6 +217,21 @@ def test_gpus_that_share_a_model_share_its_weights() -> None:
             gpu_memory_utilization=0.9,
         )
         assert limits.num_pages == int((18e9 - graph.num_parameters * 2 / num_gpus) // page_bytes)
+
+
+def test_weights_take_the_memory_of_the_form_in_which_they_are_kept() -> None:
+    """233.7 GB in 16 bits; with experts in 4 bits a gpt-oss-120b fits one card of 141 GB."""
+    setup = parse_gpus("H200")
+    lengths = [Lengths(num_prompt_tokens=400, num_output_tokens=100)]
+    options = {"max_batch_tokens": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.9}
+    for is_mxfp4 in (True, False):
+        profile = estimated_profile("oss", PRESETS["gpt-oss-120b"], setup, 512, is_mxfp4=is_mxfp4)
+        graph = IterationModel(profile).graph
+        if is_mxfp4:
+            assert limits_for(profile, graph, lengths, **options).max_model_len == 500
+        else:
+            with pytest.raises(ConfigError, match=r"the weights take 233\.7 GB"):
+                limits_for(profile, graph, lengths, **options)
 
 
 def test_measured_runs_of_one_h200_within_seven_percent() -> None:

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 _TEACH = """\
 Say what a model costs on GPUs that you need not have: FLOPs, bytes and joules of
 every operation of one iteration, the time each resource would take for it, what
-bounds the workload, and the throughput that nothing can exceed. MODEL is a folder
-with a config.json, preset:NAME for a published architecture, or 'default'. Numbers
-are 16-bit unless --quantization says otherwise, all GPUs share the model by
+bounds the workload, and the throughput if products ran without pause. MODEL is a
+folder with a config.json, preset:NAME for a published architecture, or 'default'.
+Numbers are 16-bit unless --quantization says otherwise, all GPUs share the model by
 tensor parallelism, and the batch is the largest that fits unless
 --max-batch-tokens says less. docs/cost-model.md has the formulas."""
 

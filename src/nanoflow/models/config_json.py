@@ -229,7 +229,8 @@ def _layer_windows(fields: Fields, reading: Reading, num_layers: int) -> tuple[i
     if fields.has("sliding_window_pattern") or reading.window_pattern is not None:
         pattern = fields.positive_int("sliding_window_pattern", reading.window_pattern)
         if window is None and pattern > 1:
-            raise fields.error("sliding_window", "is missing, but sliding_window_pattern asks for windows")
+            asks = "sliding_window_pattern asks" if fields.has("sliding_window_pattern") else "the architecture asks"
+            raise fields.error("sliding_window", f"is missing, but {asks} for windows")
         return tuple(window if (layer + 1) % pattern else None for layer in range(num_layers))
     first = fields.raw("max_window_layers", 0)
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:

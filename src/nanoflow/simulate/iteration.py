@@ -27,7 +27,7 @@ from nanoflow.profile.host_link import NO_COPIES, Copies, copies_of
 from nanoflow.profile.interference import Interference, lane_of
 from nanoflow.profile.operation_cost import operation_cost
 from nanoflow.profile.table import NO_COST, SAMPLING, Cost, CostTable, Profile, ProfileError
-from nanoflow.simulate.layer import PlanSimulator, Simulation
+from nanoflow.simulate.layer import PlanSimulator, Simulation, next_multiple
 from nanoflow.timeline.timeline import Timeline, with_copies
 
 # Contexts are rounded to so many significant digits, so that iterations which hardly differ are predicted once.
@@ -220,10 +220,11 @@ def predict_timeline(
 ) -> Timeline:
     """So many layers of a plan on a batch, from the middle of many, where the pipeline is full.
 
-    With host memory below the KV cache each layer has its part of the iteration's copies, on a lane of their own.
+    The first one is the first of the model's pattern. With host memory below the KV cache each layer has its part of
+    the iteration's copies, on a lane of their own.
     """
-    filling = plan.max_stage + 1
     model = IterationModel(profile)
+    filling = next_multiple(plan.max_stage + 1, len(model.graph.main_pattern))
     timeline = model.simulate(plan, shape, 2 * filling + num_layers + 1).timeline
     shown = [span for span in timeline.spans if filling <= span.layer < filling + num_layers]
     begin_s = min(span.start_s for span in shown)

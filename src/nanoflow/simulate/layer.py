@@ -95,14 +95,16 @@ class PlanSimulator:
         Args:
             shape: At most as many tokens as the plan takes.
             num_layers: Enough for a steady state if None; with fewer the period is that of filling and draining too.
+                More are run where the last pattern would be a part, as a part has kinds in other proportions.
         """
-        filling = self._plan.max_stage + 1
-        num_layers = num_layers or 2 * filling + max(_STEADY_LAYERS, len(self._pattern)) + 1
+        filling, of_pattern = self._plan.max_stage + 1, len(self._pattern)
+        num_layers = num_layers or 2 * filling + max(_STEADY_LAYERS, of_pattern) + 1
+        num_layers = next_multiple(num_layers, of_pattern)
         layers = self._kinds(num_layers)
         items = {kind.name: self._items(kind, shape) for kind in self._pattern}
         works = list(self._works([items[kind.name] for kind in layers], layers))
         dynamic_j = self._execute(works)
-        period_s = _period_s(_layer_ends_s(works, num_layers), filling)
+        period_s = _period_s(_layer_ends_s(works, num_layers), filling, of_pattern)
         # The power limit holds for the steady state as a whole.
         slower = self._slowdown(dynamic_j, period_s * num_layers)
         for work in works:
@@ -240,9 +242,15 @@ def _layer_ends_s(works: Sequence[_Work], num_layers: int) -> tuple[float, ...]:
     return tuple(max(work.stop_s for work in works if work.layer == layer) for layer in range(num_layers))
 
 
-def _period_s(ends_s: Sequence[float], filling: int) -> float:
-    """Between the layers at whose ends the pipeline is full; of all layers if there are too few."""
+def next_multiple(count: int, of: int) -> int:
+    """The least multiple that is not below a count."""
+    return -(-count // of) * of
+
+
+def _period_s(ends_s: Sequence[float], filling: int, of_pattern: int) -> float:
+    """Over the whole patterns at whose ends the pipeline is full; over all layers if there are too few."""
     first, last = filling, len(ends_s) - 1 - filling
+    last -= (last - first) % of_pattern
     return (ends_s[last] - ends_s[first]) / (last - first) if last > first else ends_s[-1] / len(ends_s)
 
 

@@ -83,7 +83,7 @@ def limits_for(
     """
     setup = profile.setup
     usable = setup.memory_bytes * gpu_memory_utilization
-    weights = graph.num_parameters * _DTYPE_BYTES / setup.num_gpus
+    weights = graph.parameter_bytes(_DTYPE_BYTES) / setup.num_gpus
     longest = max(length.num_prompt_tokens + length.num_output_tokens for length in lengths)
     page_size = profile.page_size
     demand = Demand(
