@@ -216,11 +216,11 @@ def test_a_peer_stands_beside_the_same_requests_only(page: Page, tmp_path: Path)
         (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
         whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
         assert "x vLLM" not in whole_runs, change
-    for change in ({"quantization": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}):
-        changed = {**record, "config": {**record["config"], **change}}
+    for types in ({"quantization": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}):
+        changed = {**record, "config": {**record["config"], **types}}
         (tmp_path / "throughput_llama-3-8b_512-512.json").write_text(json.dumps(changed))
         whole_runs = page(tmp_path, tmp_path).partition("## Peers")[0]
-        assert "x vLLM" not in whole_runs, change
+        assert "x vLLM" not in whole_runs, types
 
 
 def test_no_record_has_an_energy_that_the_card_cannot_have_used() -> None:

@@ -241,6 +241,7 @@ def test_any_names_of_members_between_tags_and_no_schemas() -> None:
     assert lets_through(of(properties={"{value}": {"type": "integer"}}), call)
     only_required = of(properties={}, required=["{value}"])
     assert lets_through(only_required, call) and not lets_through(only_required, call.replace("{value}", "b"))
+    wrong: dict[str, Any]
     for wrong in ({"required": 5}, {"required": [[]]}, {"properties": {"a": {"enum": 5}}}):
         with pytest.raises(AssertionError, match=r"array|string"):
             lets_through(of(**wrong), call)
@@ -258,4 +259,5 @@ def test_an_error_of_a_schema_names_its_function(form: str) -> None:
         assert str(problem) == "invalid schema for function 'bad': Invalid type: nonsense"
         assert (problem.param, problem.code) == ("tools[1].function.parameters", "invalid_function_parameters")
     other = RequestError("the grammar cannot be used: it takes too much memory")
+    assert grammar is not None
     assert blamed(grammar, other, tools, choice) is other

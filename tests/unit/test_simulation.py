@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks.predictions.validation import compare
@@ -223,7 +224,7 @@ def test_weights_take_the_memory_of_the_form_in_which_they_are_kept() -> None:
     """233.7 GB in 16 bits; with experts in 4 bits a gpt-oss-120b fits one card of 141 GB."""
     setup = parse_gpus("H200")
     lengths = [Lengths(num_prompt_tokens=400, num_output_tokens=100)]
-    options = {"max_batch_tokens": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.9}
+    options: dict[str, Any] = {"max_batch_tokens": 512, "max_num_seqs": 8, "gpu_memory_utilization": 0.9}
     for is_mxfp4 in (True, False):
         profile = estimated_profile("oss", PRESETS["gpt-oss-120b"], setup, 512, is_mxfp4=is_mxfp4)
         graph = IterationModel(profile).graph
