@@ -66,7 +66,10 @@ class BatchWorker:
             while True:
                 try:
                     is_claimed = is_claimed or await self._claimed()
-                    await asyncio.sleep(_CLAIM_S if not is_claimed else 0.0 if await self._run_next() else _POLL_S)
+                    if not is_claimed:
+                        await asyncio.sleep(_CLAIM_S)
+                    elif not await self._run_next():
+                        await asyncio.sleep(_POLL_S)
                 except (OSError, sqlite3.Error) as error:
                     logger.warning("batches wait, and try again in %d s: %s", _DISK_S, error)
                     await asyncio.sleep(_DISK_S)
