@@ -14,7 +14,7 @@ Legend: R rows of the state table, V vocabulary, S draws, M draws with a mask, W
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -85,6 +85,11 @@ class _Draws:
     firsts: list[int]
     drafts: list[list[int]]
 
+    def by_row(self) -> Iterator[tuple[_Constraint, slice, list[int]]]:
+        """The constraint of each row, where its draws are in `places`, and its draft."""
+        for each, first, draft in zip(self.held, self.firsts, self.drafts, strict=True):
+            yield each, slice(first, first + len(draft) + 1), draft
+
 
 class Constraints:
     """Matchers and bounds of rows.
@@ -140,9 +145,8 @@ class Constraints:
         words.fill(-1)
         errors = self._fill(draws, words, must_end)
         numbers[draws.places] = 1 + np.arange(count)
-        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
+        for each, own, _ in draws.by_row():
             if each.matcher is None:
-                own = slice(first, first + len(draft) + 1)
                 numbers[draws.places[own][(words[own] == -1).all(axis=1)]] = 0
         on_device = masks.to(self._device, non_blocking=True)
         return Masks(numbers=numbers, words=on_device, must_end=must_end, errors=errors)
@@ -198,11 +202,7 @@ class Constraints:
 
     def _fill(self, draws: _Draws, words: Int32, must_end: Bool) -> dict[int, str]:
         """Compute the masks of draws, one after the other in `words`; returns a message by draw that has failed."""
-        held = [
-            (each.matcher, first, draft)
-            for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True)
-            if each.matcher is not None
-        ]
+        held = [(each.matcher, own.start, draft) for each, own, draft in draws.by_row() if each.matcher is not None]
         plain = [(matcher, first) for matcher, first, draft in held if not draft]
         drafted = [each for each in held if each[2]]
         if plain:
@@ -217,9 +217,9 @@ class Constraints:
                 must_end[place] = True
                 if matcher.is_error():
                     errors[place] = f"its structured output failed: {said(matcher.get_error())}"
-        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
+        for each, own, draft in draws.by_row():
             if each.thinking is not None:
-                self._close_thoughts(each, draft, words[first : first + len(draft) + 1])
+                self._close_thoughts(each, draft, words[own])
         return errors
 
     def _close_thoughts(self, constraint: _Constraint, draft: list[int], words: Int32) -> None:
@@ -260,8 +260,8 @@ class Constraints:
         drawn = token_ids[draws.places].tolist()
         jobs: list[tuple[LLMatcher, int]] = []
         were_stopped: list[bool] = []
-        for each, first, draft in zip(draws.held, draws.firsts, draws.drafts, strict=True):
-            taken = _counting(drawn[first : first + len(draft) + 1], draft)
+        for each, own, draft in draws.by_row():
+            taken = _counting(drawn[own], draft)
             if each.matcher is not None:
                 # All but the last at once, the last ones of all rows in parallel.
                 if len(taken) > 1:

@@ -31,7 +31,7 @@ from nanoflow.kernels.hopper.merge import SCAN, run_merge
 from nanoflow.kernels.launch import SHARES, Launch
 from nanoflow.kernels.triton_attention import LOG2_E
 
-# Tiles of a product, with k-steps of factors of 16 bits; a tile is written in halves. Narrow tiles read more shared
+# Tiles of a product, with k-steps of factors of 16 bits; a tile is written in quarters. Narrow tiles read more shared
 # memory for each multiply-add, so they are slower (measured for qkv, o and down on one H200), but they occupy more
 # programs. A k-step in FP8 has twice as many features, and takes as long.
 _TILE_ROWS, _STEP_FEATURES = PARTS * ROWS, STEP_BYTES // 2
@@ -41,7 +41,7 @@ WIDE = GemmTiles(
     block_k=_STEP_FEATURES,
     num_warps=4 * PARTS,
     num_stages=3,
-    store_n=128,
+    store_n=64,
     group_m=GROUP_M,
 )
 NARROW = GemmTiles(
@@ -50,7 +50,7 @@ NARROW = GemmTiles(
     block_k=_STEP_FEATURES,
     num_warps=4 * PARTS,
     num_stages=4,
-    store_n=64,
+    store_n=32,
     group_m=GROUP_M,
     relative_speed=0.75,
 )
