@@ -45,4 +45,8 @@ def is_trace(workload: str) -> bool:
 
 def file_name(workload: str) -> str:
     """The workload as a part of a file's name."""
-    return Path(workload.removeprefix("trace:")).stem if is_trace(workload) else workload.replace("/", "-")
+    return (
+        Path(workload.removeprefix("trace:")).stem
+        if is_trace(workload)
+        else workload.replace("/", "-").replace(",", "_")
+    )

@@ -29,7 +29,7 @@ class Workload(Protocol):
 
     @property
     def workload(self) -> str:
-        """IN/OUT tokens of every round, or trace:FILE.csv."""
+        """IN/OUT tokens of every round, a mix of several, or trace:FILE.csv."""
 
     @property
     def seed(self) -> int:
@@ -87,7 +87,7 @@ def draw_conversations(
     of conversations with a common system prompt are the stated parts, rounded.
 
     Raises:
-        ConfigError: The workload is neither IN/OUT nor a readable trace.
+        ConfigError: The workload cannot be read; see `workload.draw_lengths`.
     """
     count, seed = talk.num_conversations, config.seed
     lengths = draw_lengths(config.workload, count * talk.rounds, seed)

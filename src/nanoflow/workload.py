@@ -7,20 +7,32 @@ it.
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from nanoflow.config import ConfigError
 
+logger = logging.getLogger(__name__)
+
 # Longer requests of a trace are left out, as in the scripts of the NanoFlow paper.
 MAX_TRACE_PROMPT = 3072
 MAX_TRACE_OUTPUT = 1024
 MAX_TRACE_TOTAL = 4096
+_TRACE_LIMITS = (
+    f"a request of a trace has 1 to {MAX_TRACE_PROMPT:,} prompt tokens and 1 to {MAX_TRACE_OUTPUT:,} output tokens, "
+    f"{MAX_TRACE_TOTAL:,} in all"
+)
+
+_TRACE = "trace:"
+# One kind of a mix: prompt tokens, output tokens, share.
+_KIND = re.compile(r"([1-9]\d*)/([1-9]\d*)(?:x([1-9]\d{0,4}))?")
 
 # Independent random streams of one seed.
 _LENGTHS, _PROMPTS, _ARRIVALS, _UNDER_WAY = range(4)
@@ -64,19 +76,49 @@ def make_requests(
 
 
 def draw_lengths(workload: str, num_requests: int, seed: int) -> list[Lengths]:
-    """Lengths of requests: all the same, or drawn from a trace (with repetition only if it is too short).
+    """Lengths of requests, in random order.
+
+    Those of a trace are drawn without repetition as far as it goes. Of a mix there are as many of each kind as its
+    shares say.
+
+    Args:
+        workload: IN/OUT (prompt tokens/output tokens of every request), a mix of several, each with its share
+            ("8000/100x1,200/1000x12"; the share 1 may be left out), or trace:FILE.csv.
+        num_requests: How many.
+        seed: Of the draw.
 
     Raises:
-        ConfigError: The workload is neither IN/OUT nor a readable trace.
+        ConfigError: The workload is none of these, or its trace cannot be read.
     """
-    if workload.startswith("trace:"):
-        trace = read_trace(Path(workload.removeprefix("trace:")))
-        rng = np.random.default_rng((_LENGTHS, seed))
-        return [trace[row] for row in rng.choice(len(trace), num_requests, replace=num_requests > len(trace))]
-    match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", workload)
-    if not match:
-        raise ConfigError(f"workload must be IN/OUT (as 512/512) or trace:FILE.csv, got {workload!r}")
-    return [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * num_requests
+    kinds, rng = kinds_of(workload), np.random.default_rng((_LENGTHS, seed))
+    if workload.startswith(_TRACE):
+        return [kinds[row] for row in rng.choice(len(kinds), num_requests, replace=num_requests > len(kinds))]
+    whole, rest = divmod(num_requests, len(kinds))
+    places = [*range(len(kinds))] * whole + rng.choice(len(kinds), rest, replace=False).tolist()
+    return [kinds[place] for place in rng.permutation(places)]
+
+
+def kinds_of(workload: str) -> list[Lengths]:
+    """The lengths that requests of a workload have, those of a mix as often as their share says.
+
+    Raises:
+        ConfigError: As `draw_lengths`.
+    """
+    if workload.startswith(_TRACE):
+        return read_trace(Path(workload.removeprefix(_TRACE)))
+    kinds = [_KIND.fullmatch(text) for text in workload.split(",")]
+    found = [
+        length
+        for match in kinds
+        if match
+        for length in [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * int(match[3] or 1)
+    ]
+    if None in kinds:
+        raise ConfigError(
+            f"workload must be IN/OUT (as 512/512), a mix (as 8000/100x1,200/1000x12) or trace:FILE.csv, "
+            f"got {workload!r}"
+        )
+    return found
 
 
 def under_way(lengths: Sequence[Lengths], num_keys: int, most: int, max_batch_tokens: int, seed: int) -> list[Lengths]:
@@ -117,6 +159,8 @@ def _after(length: Lengths, num_generated: int) -> Lengths:
 def read_trace(path: Path) -> list[Lengths]:
     """The lengths of a trace (columns ContextTokens and GeneratedTokens) without requests that are too long.
 
+    A warning says how many were left out.
+
     Raises:
         ConfigError: The file cannot be read, is no such table, or has no request that is short enough.
     """
@@ -133,8 +177,16 @@ def read_trace(path: Path) -> list[Lengths]:
         if 0 < prompt <= MAX_TRACE_PROMPT and 0 < output <= MAX_TRACE_OUTPUT and prompt + output <= MAX_TRACE_TOTAL
     ]
     if not kept:
-        raise ConfigError(f"trace {path} has no request short enough")
+        raise ConfigError(f"trace {path} has no request short enough: {_TRACE_LIMITS}")
+    if len(kept) < len(rows):
+        _say_left_out(path, len(rows) - len(kept), len(rows))
     return kept
+
+
+@cache
+def _say_left_out(path: Path, num_left_out: int, num_rows: int) -> None:
+    """Once a process, however often the trace is read."""
+    logger.warning("%s: %d of %d requests are left out: %s", path, num_left_out, num_rows, _TRACE_LIMITS)
 
 
 def draw_arrivals(num_requests: int, request_rate: float, seed: int) -> list[float]:

@@ -23,6 +23,7 @@ from nanoflow.server.app import create_app
 from nanoflow.server.bodies import LONG_BODY_BYTES, decode
 from nanoflow.server.listen import BACKLOG, bind, url
 from tests.fake_async_engine import FakeAsyncEngine
+from tests.slowness import slowness
 from tests.toy_models import write_toy_model
 
 MIB = 1 << 20
@@ -95,17 +96,6 @@ def test_no_call_holds_the_event_loop_for_long(model: str) -> None:
     statuses, longest_s = asyncio.run(run())
     assert statuses == [status for *_, status in bodies]
     assert longest_s < MAX_TURN_S * slowness()
-
-
-def slowness() -> float:
-    """How much slower than usual this machine runs Python, 1 at least: a sum takes 18 ms on a usual one."""
-
-    def sum_s() -> float:
-        start_s = time.perf_counter()
-        sum(number * number for number in range(300_000))
-        return time.perf_counter() - start_s
-
-    return max(min(sum_s() for _ in range(5)) / 0.018, 1.0)
 
 
 @pytest.mark.timing

@@ -36,7 +36,7 @@ from nanoflow.run_metrics import (
     tpot_s,
     ttft_s,
 )
-from nanoflow.workload import Lengths, draw_arrivals, draw_lengths, make_requests, read_trace
+from nanoflow.workload import Lengths, draw_arrivals, draw_lengths, kinds_of, make_requests, read_trace
 
 # --- workload ------------------------------------------------------------------------------------------------------
 
@@ -65,14 +65,51 @@ def test_constant_workload() -> None:
     assert draw_lengths("1024/512", 3, seed=0) == lengths((1024, 512)) * 3
 
 
-@pytest.mark.parametrize("workload", ["512", "0/5", "5/0", "a/b", "5/5/5", "-1/5", "", "trace:"])
+@pytest.mark.parametrize(("num_requests", "counts"), [(13, (1, 12)), (26, (2, 24)), (27, None)])
+def test_a_mix_has_its_shares_in_random_order(num_requests: int, counts: tuple[int, int] | None) -> None:
+    mix = "8000/100,200/1000x12"
+    drawn = draw_lengths(mix, num_requests, seed=0)
+    found = tuple(drawn.count(kind) for kind in lengths((8000, 100), (200, 1000)))
+    assert found in ((counts,) if counts else ((2, 25), (3, 24)))
+    assert drawn == draw_lengths(mix, num_requests, seed=0)
+    assert len({tuple(map(str, draw_lengths(mix, num_requests, seed=seed))) for seed in range(9)}) > 1
+    assert kinds_of(mix) == lengths((8000, 100)) + lengths((200, 1000)) * 12
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        *(
+            "512",
+            "0/5",
+            "5/0",
+            "a/b",
+            "5/5/5",
+            "-1/5",
+            "",
+            "trace:",
+            "5/5,",
+            ",",
+            "5/5x",
+            "5/5x0",
+            "5/5x-1",
+            "5/5 ,6/6",
+        ),
+        *("5/5x100000", "5/5x1.5", "5/5,trace:a.csv"),
+    ],
+)
 def test_bad_workloads_are_refused(workload: str) -> None:
     with pytest.raises(ConfigError):
         draw_lengths(workload, 1, seed=0)
 
 
-def test_trace_is_filtered_as_the_paper_does(trace: Path) -> None:
-    assert read_trace(trace) == lengths((100, 10), (3072, 1024), (7, 8))
+def test_trace_is_filtered_as_the_paper_does(trace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert read_trace(trace) == lengths((100, 10), (3072, 1024), (7, 8))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{trace}: 4 of 7 requests are left out: a request of a trace has 1 to 3,072 prompt tokens and 1 to 1,024 "
+        "output tokens, 4,096 in all"
+    ]
 
 
 def test_trace_draws_follow_the_seed_and_repeat_only_when_used_up(trace: Path) -> None:

@@ -30,7 +30,8 @@ class BenchConfig:
     """What requests ask for, and how often a run is repeated."""
 
     workload: str = option(
-        "128/128", "IN/OUT tokens of every request, or trace:FILE.csv with lengths drawn from a trace"
+        "128/128",
+        "IN/OUT tokens of every request, a mix of several with shares (8000/100x1,200/1000x12), or trace:FILE.csv",
     )
     num_requests: int = option(100, "Requests in one repeat")
     seed: int = option(0, "Seed of lengths, prompts and arrivals; repeat i draws other prompts of the same lengths")

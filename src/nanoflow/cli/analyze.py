@@ -49,7 +49,8 @@ class AnalyzeConfig:
 
     gpu: str = option("h200", f"GPUs, NAME or NAMExN: {', '.join(GPUS)}; a100-80x8 is eight of one host")
     workload: str = option(
-        "512/512", "Average lengths: prompt tokens/output tokens, or trace:FILE.csv for those of a trace"
+        "512/512",
+        "Lengths of which the average counts: prompt tokens/output tokens, a mix of several, or trace:FILE.csv",
     )
     max_batch_tokens: int | None = option(None, "Token budget; what memory allows if not given")
     kv_cache_dtype: KvCacheDType = option(
@@ -140,12 +141,11 @@ def _model_config(model: str) -> ModelConfig:
 
 
 def _mean_lengths(workload: str) -> MeanLengths:
-    """Mean lengths of a workload: IN/OUT or a trace."""
+    """Mean lengths of a workload."""
     from nanoflow.cost.analysis import MeanLengths
-    from nanoflow.workload import draw_lengths, read_trace
+    from nanoflow.workload import kinds_of
 
-    trace = workload.removeprefix("trace:")
-    lengths = draw_lengths(workload, 1, seed=0) if trace == workload else read_trace(Path(trace))
+    lengths = kinds_of(workload)
     return MeanLengths(
         prompt_tokens=sum(length.num_prompt_tokens for length in lengths) / len(lengths),
         output_tokens=sum(length.num_output_tokens for length in lengths) / len(lengths),

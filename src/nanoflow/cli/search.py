@@ -128,7 +128,8 @@ def add_parser(commands: Subcommands[CommandParser]) -> None:
         nargs="+",
         default=["512/512"],
         metavar="WORKLOAD",
-        help="prompt tokens/output tokens of every request, or trace:FILE.csv (default: 512/512)",
+        help="prompt tokens/output tokens of every request, a mix of several with shares (8000/100x1,200/1000x12), "
+        "or trace:FILE.csv (default: 512/512)",
     )
     parser.add_argument("--measure", action="store_true", help="Keep only plans that win on this machine's GPU")
     parser.add_argument(

@@ -16,7 +16,9 @@ class SimulateConfig:
     """What to simulate."""
 
     plan: str | None = option(None, "Plan or plan book of nanoflow search; every batch runs sequentially if not given")
-    workload: str = option("512/512", "Prompt tokens/output tokens of every request, or trace:FILE.csv to draw lengths")
+    workload: str = option(
+        "512/512", "Prompt tokens/output tokens of every request, a mix of several, or trace:FILE.csv"
+    )
     num_requests: int = option(1000, "Requests")
     request_rate: float = option(math.inf, "Requests/s, Poisson arrivals; inf: all at once")
     gpus: int | None = option(None, "GPUs in all; as many as the profile's model is spread over if not given")
