@@ -99,7 +99,11 @@ def allowed_by(words: torch.Tensor) -> set[int]:
     return set(np.flatnonzero(bits).tolist())
 
 
-def test_masks_are_those_of_plain_python(grammars: Grammars, tokens: list[bytes]) -> None:
+@pytest.mark.parametrize("rows_of_a_copy", [1, 16])
+def test_masks_are_those_of_plain_python(
+    rows_of_a_copy: int, grammars: Grammars, tokens: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoflow.executor.constraints._ROWS_OF_A_COPY", rows_of_a_copy)
     rng = random.Random(3)
     constraints, tenants = constraints_of(grammars), dict[int, Tenant]()
     num_masks = num_must_end = num_replaced = 0
@@ -146,7 +150,7 @@ def test_nothing_waits_without_a_grammar(grammars: Grammars) -> None:
     constraints.note(rows, torch.tensor([5]))
     assert constraints._pending is None
     masks = constraints.masks(rows)
-    assert masks.numbers.tolist() == [0] and not masks.must_end.any() and constraints._threads is None
+    assert masks.numbers.tolist() == [0] and not masks.must_end.any() and not constraints._executors
 
 
 def test_a_grammar_that_fails_ends_its_request_alone(grammars: Grammars, tokens: list[bytes]) -> None:
@@ -243,3 +247,14 @@ def test_forced_runs_follow_what_is_known(grammars: Grammars, tokens: list[bytes
     assert not len(runs.run(3, np.array([*known, a, forced[0], a], np.int32), 8))
     bad = dataclasses.replace(request, params=joined(0, {"grammar": "start: ("}).params)
     assert not runs.join(3, bad)
+
+
+def test_matchers_that_wait_for_each_other_share_a_thread(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    constraints, rows = constraints_of(grammars, 8), np.arange(8, dtype=np.int32)
+    constraints.join([joined(row, {"choice": WORDS}) for row in rows.tolist()])
+    constraints.masks(rows)
+    assert list(constraints._executors) == [1]
+    constraints.join([joined(row, {"choice": (WORDS[row], "other")}) for row in range(5)])
+    constraints.masks(rows)
+    assert list(constraints._executors) == [1, 4], "six grammars, and a power of two"

@@ -70,6 +70,35 @@ def test_a_grammar_is_ready_once_it_is_compiled(gate: Gate) -> None:
     grammars.close()
 
 
+def test_a_copy_is_compiled_beside_the_first(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate.opened.set()
+    grammars, opened = Grammars(gate.load), threading.Event()
+    first = grammars.compiled(regex("ab"))
+    compile_one = grammars._compile
+
+    def compile_when_opened(structured: Structured) -> LLMatcher:
+        assert opened.wait(30)
+        if structured == regex("c"):
+            raise GrammarError("no memory")
+        return compile_one(structured)
+
+    third = grammars.compiled(regex("c"))
+    monkeypatch.setattr(grammars, "_compile", compile_when_opened)
+    assert grammars.compiled(regex("ab"), copy=3) is first and grammars.compiled(regex("c"), copy=1) is third
+    # Copies that wait keep no other grammar from being compiled.
+    opened.set()
+    assert not grammars.matcher(regex("d")).is_error()
+    until(lambda: grammars.compiled(regex("ab"), copy=3) is not first)
+    another = grammars.compiled(regex("ab"), copy=3)
+    assert grammars.compiled(regex("ab"), copy=3) is another and grammars.compiled(regex("ab")) is first
+    matcher = another.deep_copy()
+    assert matcher.consume_token(ord("a")) and not another.consume_token(ord("b"))
+    # One that fails is as good as none.
+    until(lambda: grammars._futures[regex("c"), 1].done())
+    assert grammars.compiled(regex("c"), copy=1) is third
+    grammars.close()
+
+
 def test_one_that_fails_is_ready_too(gate: Gate) -> None:
     gate.opened.set()
     grammars = Grammars(gate.load)

@@ -14,9 +14,10 @@ Legend: R rows of the state table, V vocabulary, S draws, M draws with a mask, W
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from nanoflow.grammars.text import GrammarError, said
 from nanoflow.thinking import Thinking
 
 _MAX_THREADS = 16
+# Rows that share a copy of their grammar, and how many copies there are at most.
+_ROWS_OF_A_COPY = 16
+_MAX_COPIES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +65,21 @@ class _Constraint:
     Attributes:
         matcher: Of its grammar; None if it has none.
         thinking: How far its reasoning is; None if that is not bounded.
+        grammar: Number of the compiled grammar that the matcher is of. Matchers of one wait for each other.
     """
 
     matcher: LLMatcher | None
     thinking: Thinking | None
+    grammar: int = 0
+
+
+class _RowDraws(NamedTuple):
+    """The draws of one row in an iteration: where they are in `_Draws.places`, and the tokens that lie between them."""
+
+    row: int
+    held: _Constraint
+    own: slice
+    draft: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,22 +88,11 @@ class _Draws:
 
     Attributes:
         places: int64 [M], which of the iteration's draws they are.
-        rows: The rows, each once.
-        held: The constraint of each row.
-        firsts: Index in `places` of the first draw of each row.
-        drafts: The tokens behind which the other draws of each row are.
+        by_row: Those of each row; rows of one grammar stand together, so that mostly one thread has them.
     """
 
     places: Int64
-    rows: list[int]
-    held: list[_Constraint]
-    firsts: list[int]
-    drafts: list[list[int]]
-
-    def by_row(self) -> Iterator[tuple[_Constraint, slice, list[int]]]:
-        """The constraint of each row, where its draws are in `places`, and its draft."""
-        for each, first, draft in zip(self.held, self.firsts, self.drafts, strict=True):
-            yield each, slice(first, first + len(draft) + 1), draft
+    by_row: list[_RowDraws]
 
 
 class Constraints:
@@ -110,7 +114,7 @@ class Constraints:
         self._none = torch.zeros((1, self._num_words), dtype=torch.int32, device=device)
         # Where masks are computed. The device has its copy of them when their tokens are there, before the next ones.
         self._room = torch.empty((0, self._num_words), dtype=torch.int32)
-        self._threads: LLExecutor | None = None
+        self._executors: dict[int, LLExecutor] = {}
 
     def join(self, joined: Sequence[Joined]) -> dict[int, str]:
         """Assign rows to requests; returns a message by row for those whose grammar has failed."""
@@ -145,8 +149,8 @@ class Constraints:
         words.fill(-1)
         errors = self._fill(draws, words, must_end)
         numbers[draws.places] = 1 + np.arange(count)
-        for each, own, _ in draws.by_row():
-            if each.matcher is None:
+        for _, held, own, _ in draws.by_row:
+            if held.matcher is None:
                 numbers[draws.places[own][(words[own] == -1).all(axis=1)]] = 0
         on_device = masks.to(self._device, non_blocking=True)
         return Masks(numbers=numbers, words=on_device, must_end=must_end, errors=errors)
@@ -154,28 +158,33 @@ class Constraints:
     def note(self, rows: Int32, token_ids: Tensor, followed_by: Int32 | None = None) -> None:
         """Remember the tokens (int64 [S]) just drawn, without waiting for them; arguments as of `masks`."""
         draws = self._find(rows, followed_by)
-        if draws.rows:
+        if draws.by_row:
             self._pending = draws, Readback([token_ids])
 
-    @property
-    def _executor(self) -> LLExecutor:
-        """Threads that compute masks, made when the first is needed."""
-        if self._threads is None:
-            self._threads = LLExecutor(min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1)))
-        return self._threads
+    def _executor(self, draws: _Draws) -> LLExecutor:
+        """Threads for the matchers of draws, as many as do not wait for each other: at most one for each grammar."""
+        num_grammars = len({each.held.grammar for each in draws.by_row})
+        most = min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1), num_grammars)
+        # A power of two, so that there are few pools of threads.
+        num_threads = 1 << (most.bit_length() - 1)
+        if num_threads not in self._executors:
+            self._executors[num_threads] = LLExecutor(num_threads)
+        return self._executors[num_threads]
 
     def _begun(self, request: Joined) -> _Constraint:
         """The constraint of a request behind what was generated before a preemption."""
         if self._grammars is None:
             raise GrammarError("it needs a tokenizer")
         structured, limit = request.params.structured_outputs, request.thinking
-        matcher = None if structured is None else self._grammars.matcher(structured)
-        constraint = _Constraint(matcher, None if limit is None else Thinking.begin(limit))
+        constraint = _Constraint(None, None if limit is None else Thinking.begin(limit))
+        if structured is not None:
+            compiled = self._grammars.compiled(structured, copy=request.row // _ROWS_OF_A_COPY % _MAX_COPIES)
+            constraint.matcher, constraint.grammar = compiled.deep_copy(), id(compiled)
         if limit is not None:
             self._grammars.token_bytes(0)  # fails here, where it concerns this request alone
         generated = request.token_ids[request.num_prompt_tokens :].tolist()
-        if matcher is not None:
-            matcher.try_consume_tokens(generated)
+        if constraint.matcher is not None:
+            constraint.matcher.try_consume_tokens(generated)
         for token_id in generated:
             self._think(constraint, token_id)
         return constraint
@@ -190,8 +199,12 @@ class Constraints:
         if followed_by is not None:
             tokens = followed_by[places]
             drafts = [tokens[first : stop - 1].tolist() for first, stop in pairwise([*firsts, len(places)])]
-        held = [self._held[row] for row in owners]
-        return _Draws(places=places, rows=owners, held=held, firsts=firsts, drafts=drafts)
+        by_row = [
+            _RowDraws(row, self._held[row], slice(first, first + len(draft) + 1), draft)
+            for row, first, draft in zip(owners, firsts, drafts, strict=True)
+        ]
+        by_row.sort(key=lambda each: each.held.grammar)
+        return _Draws(places=places, by_row=by_row)
 
     def _masks(self, count: int) -> Tensor:
         """Room for so many masks, int32 [count, W] on the host, in pinned memory where the device is a GPU."""
@@ -202,13 +215,13 @@ class Constraints:
 
     def _fill(self, draws: _Draws, words: Int32, must_end: Bool) -> dict[int, str]:
         """Compute the masks of draws, one after the other in `words`; returns a message by draw that has failed."""
-        held = [(each.matcher, own.start, draft) for each, own, draft in draws.by_row() if each.matcher is not None]
+        held = [(held.matcher, own.start, draft) for _, held, own, draft in draws.by_row if held.matcher is not None]
         plain = [(matcher, first) for matcher, first, draft in held if not draft]
         drafted = [each for each in held if each[2]]
         if plain:
-            fill_next_token_bitmask_par(self._executor, plain, words)
+            fill_next_token_bitmask_par(self._executor(draws), plain, words)
         if drafted:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, words)
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor(draws), drafted, words)
         errors: dict[int, str] = {}
         for matcher, first, _ in held:
             # So is one that has failed.
@@ -217,9 +230,9 @@ class Constraints:
                 must_end[place] = True
                 if matcher.is_error():
                     errors[place] = f"its structured output failed: {said(matcher.get_error())}"
-        for each, own, draft in draws.by_row():
-            if each.thinking is not None:
-                self._close_thoughts(each, draft, words[own])
+        for _, constraint, own, draft in draws.by_row:
+            if constraint.thinking is not None:
+                self._close_thoughts(constraint, draft, words[own])
         return errors
 
     def _close_thoughts(self, constraint: _Constraint, draft: list[int], words: Int32) -> None:
@@ -260,24 +273,24 @@ class Constraints:
         drawn = token_ids[draws.places].tolist()
         jobs: list[tuple[LLMatcher, int]] = []
         were_stopped: list[bool] = []
-        for each, own, draft in draws.by_row():
+        for _, held, own, draft in draws.by_row:
             taken = _counting(drawn[own], draft)
-            if each.matcher is not None:
+            if held.matcher is not None:
                 # All but the last at once, the last ones of all rows in parallel.
                 if len(taken) > 1:
-                    each.matcher.consume_tokens(taken[:-1])
-                jobs.append((each.matcher, taken[-1]))
-            were_stopped.append(each.matcher is not None and each.matcher.is_stopped())
-            if each.thinking is not None:
+                    held.matcher.consume_tokens(taken[:-1])
+                jobs.append((held.matcher, taken[-1]))
+            were_stopped.append(held.matcher is not None and held.matcher.is_stopped())
+            if held.thinking is not None:
                 for token_id in taken:
-                    self._think(each, token_id)
+                    self._think(held, token_id)
         if jobs:
-            consume_token_par(self._executor, jobs)
-        for row, each, was_stopped in zip(draws.rows, draws.held, were_stopped, strict=True):
+            consume_token_par(self._executor(draws), jobs)
+        for (row, held, *_), was_stopped in zip(draws.by_row, were_stopped, strict=True):
             # The end of sequence was drawn: what the row draws until another request takes it is dropped.
-            if was_stopped or (each.matcher is not None and _has_ended(each.matcher)):
-                each.matcher = each.thinking = None
-            if each.matcher is None and each.thinking is None and self._held.get(row) is each:
+            if was_stopped or (held.matcher is not None and _has_ended(held.matcher)):
+                held.matcher = held.thinking = None
+            if held.matcher is None and held.thinking is None and self._held.get(row) is held:
                 del self._held[row]
                 self._is_held[row] = False
 

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _NUM_KEPT = 256
 _NUM_THREADS = 2
+# Further copies of grammars are compiled one at a time, and no more than so many wait for that.
+_NUM_WAITING_COPIES = 16
 
 
 def vocabulary(tokenizer_json: str, *, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
@@ -54,11 +56,13 @@ class Grammars:
     def __init__(self, load: Callable[[], LLTokenizer], *, num_kept: int = _NUM_KEPT) -> None:
         self._num_kept = num_kept
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "nanoflow-grammar")
+        self._copy_pool = ThreadPoolExecutor(1, "nanoflow-grammar-copy")
         self._vocabulary = self._pool.submit(load)
         # Whether any request needs the bytes of tokens.
         self._awaits_bytes = False
         self._lock = threading.Lock()
-        self._futures: OrderedDict[Structured, Future[LLMatcher]] = OrderedDict()
+        # By grammar and number of its copy.
+        self._futures: OrderedDict[tuple[Structured, int], Future[LLMatcher]] = OrderedDict()
 
     def is_ready(self, structured: Structured | None, *, needs_bytes: bool = False) -> bool:
         """Whether a request with this grammar may run; if not, it is being compiled, or will be when asked again.
@@ -73,15 +77,29 @@ class Grammars:
         future = self._find(structured)
         return future is not None and future.done()
 
-    def matcher(self, structured: Structured) -> LLMatcher:
-        """A matcher at the grammar's beginning. It is compiled if it is not there.
+    def compiled(self, structured: Structured, copy: int = 0) -> LLMatcher:
+        """A grammar as a matcher at its beginning, of which each request gets a `deep_copy`.
+
+        All copies of a matcher share one automaton, which only one of them can use at a time. So a grammar that many
+        requests have is compiled several times.
+
+        Args:
+            structured: The grammar; it is compiled if it is not there.
+            copy: Which compiled form of it, from 0. If another than 0 is not there, it is compiled in the background,
+                and 0 is returned.
 
         Raises:
             GrammarError: It cannot be compiled.
         """
         while (future := self._find(structured)) is None:
             self.wait(1.0)
-        return future.result().deep_copy()
+        first = future.result()
+        another = self._find(structured, copy)
+        return first if another is None or not another.done() or another.exception() else another.result()
+
+    def matcher(self, structured: Structured) -> LLMatcher:
+        """A matcher at the grammar's beginning; arguments and errors as of `compiled`."""
+        return self.compiled(structured).deep_copy()
 
     def matcher_or_none(self, structured: Structured) -> LLMatcher | None:
         """`matcher`; None if the grammar cannot be used, which its request learns elsewhere."""
@@ -110,16 +128,19 @@ class Grammars:
     def close(self) -> None:
         """Stop compiling."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._copy_pool.shutdown(wait=False, cancel_futures=True)
 
-    def _find(self, structured: Structured) -> Future[LLMatcher] | None:
+    def _find(self, structured: Structured, copy: int = 0) -> Future[LLMatcher] | None:
         """The grammar, which may still be compiled; None if enough others are."""
+        pool, most = (self._copy_pool, _NUM_WAITING_COPIES) if copy else (self._pool, 2 * _NUM_THREADS)
         with self._lock:
-            future = self._futures.get(structured)
+            future = self._futures.get((structured, copy))
             if future is None:
-                if sum(not each.done() for each in self._futures.values()) >= 2 * _NUM_THREADS:
+                alike = (each for (_, number), each in self._futures.items() if bool(number) == bool(copy))
+                if sum(not each.done() for each in alike) >= most:
                     return None
-                future = self._futures[structured] = self._pool.submit(self._compile, structured)
-            self._futures.move_to_end(structured)
+                future = self._futures[structured, copy] = pool.submit(self._compile, structured)
+            self._futures.move_to_end((structured, copy))
             while len(self._futures) > self._num_kept and next(iter(self._futures.values())).done():
                 self._futures.popitem(last=False)
             return future
