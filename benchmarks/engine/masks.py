@@ -89,7 +89,7 @@ def measured(grammars: Grammars, num_rows: int, name: str, args: argparse.Namesp
         token_ids = [np.flatnonzero(np.unpackbits(each, bitorder="little"))[-1] for each in words]
         drawn = torch.from_numpy(np.array(token_ids))
         again = time.thread_time(), time.perf_counter()
-        constraints.note(rows, drawn)
+        constraints.note(drawn)
         thread_ms.append(1e3 * (between[0] - began[0] + time.thread_time() - again[0]))
         wall_ms.append(1e3 * (between[1] - began[1] + time.perf_counter() - again[1]))
     found = {"thread_ms": thread_ms, "wall_ms": wall_ms}

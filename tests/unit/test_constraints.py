@@ -139,7 +139,7 @@ def test_masks_are_those_of_plain_python(
             drawn.append(rng.choice(sorted(options)))
             tenant.has_ended = tenant.has_ended or drawn[-1] in (EOS, OTHER_EOS)
             tenant.generated.append(drawn[-1])
-        constraints.note(rows, torch.tensor(drawn))
+        constraints.note(torch.tensor(drawn))
     assert num_masks > 100 and num_must_end > 10 and num_replaced > 5
 
 
@@ -147,9 +147,9 @@ def test_nothing_waits_without_a_grammar(grammars: Grammars) -> None:
     constraints = constraints_of(grammars)
     constraints.join([joined(0, None)])
     rows = np.zeros(1, np.int32)
-    constraints.note(rows, torch.tensor([5]))
-    assert constraints._pending is None
     masks = constraints.masks(rows)
+    constraints.note(torch.tensor([5]))
+    assert constraints._pending is None
     assert masks.numbers.tolist() == [0] and not masks.must_end.any() and not constraints._executors
 
 
@@ -167,7 +167,7 @@ def test_a_grammar_that_fails_ends_its_request_alone(grammars: Grammars, tokens:
     assert list(errors) == [0] and errors[0].startswith("its structured output failed: ")
     rows, y, a = np.array([0, 1, 2], np.int32), tokens.index(b"y"), tokens.index(b"a")
     assert constraints.masks(rows).errors == {}
-    constraints.note(rows, torch.tensor([a, y, a]))
+    constraints.note(torch.tensor([a, y, a]))
     masks = constraints.masks(rows)
     assert list(masks.errors) == [1] and "too many expressions" in masks.errors[1] and "\n" not in masks.errors[1]
     assert masks.numbers[0] == 0 and allowed_by(masks.words[masks.numbers[2] - 1])
@@ -207,7 +207,7 @@ def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars) -> No
     while not path or path[-1] not in (EOS, OTHER_EOS):
         allowed.append(allowed_by(alone.masks(row).words[0]))
         path.append(rng.choice(sorted(allowed[-1])))
-        alone.note(row, torch.tensor(path[-1:]))
+        alone.note(torch.tensor(path[-1:]))
     for _ in range(8):
         drafted, place = constraints_of(grammars, 2), 0
         drafted.join([joined(0, shape), joined(1, None)])
@@ -223,7 +223,7 @@ def test_masks_of_drafts_are_those_behind_their_tokens(grammars: Grammars) -> No
             count = min(num_right + 1, len(path) - place)
             assert [allowed_by(words) for words in masks.words[:count]] == allowed[place : place + count]
             drawn = (path[place : place + count] + [5] * len(rows))[: len(rows)]
-            drafted.note(rows, torch.tensor(drawn), followed_by)
+            drafted.note(torch.tensor(drawn))
             place += count
         assert drafted.masks(row).numbers.tolist() == [0]
 

@@ -110,6 +110,8 @@ class Constraints:
         self._num_words = -(-vocab_size // 32)
         self._held: dict[int, _Constraint] = {}
         self._is_held = np.zeros(num_rows, np.bool_)
+        # Of the latest masks, and those whose tokens are on their way.
+        self._drawn: _Draws | None = None
         self._pending: tuple[_Draws, Readback] | None = None
         self._none = torch.zeros((1, self._num_words), dtype=torch.int32, device=device)
         # Where masks are computed. The device has its copy of them when their tokens are there, before the next ones.
@@ -139,14 +141,12 @@ class Constraints:
         """
         self._take_in()
         numbers, must_end = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.bool_)
-        draws = self._find(rows, followed_by)
+        draws = self._drawn = self._find(rows, followed_by)
         count = len(draws.places)
         if not count:
             return Masks(numbers=numbers, words=self._none, must_end=must_end)
         masks = self._masks(count)
-        # A draw behind a wrong token of a draft does not count: it may choose anything.
         words: Int32 = masks.numpy()
-        words.fill(-1)
         errors = self._fill(draws, words, must_end)
         numbers[draws.places] = 1 + np.arange(count)
         for _, held, own, _ in draws.by_row:
@@ -155,11 +155,10 @@ class Constraints:
         on_device = masks.to(self._device, non_blocking=True)
         return Masks(numbers=numbers, words=on_device, must_end=must_end, errors=errors)
 
-    def note(self, rows: Int32, token_ids: Tensor, followed_by: Int32 | None = None) -> None:
-        """Remember the tokens (int64 [S]) just drawn, without waiting for them; arguments as of `masks`."""
-        draws = self._find(rows, followed_by)
-        if draws.by_row:
-            self._pending = draws, Readback([token_ids])
+    def note(self, token_ids: Tensor) -> None:
+        """Remember the tokens (int64 [S]) that were drawn with the latest masks, without waiting for them."""
+        if self._drawn is not None and self._drawn.by_row:
+            self._pending = self._drawn, Readback([token_ids])
 
     def _executor(self, draws: _Draws) -> LLExecutor:
         """Threads for the matchers of draws, as many as do not wait for each other: at most one for each grammar."""
@@ -215,24 +214,31 @@ class Constraints:
 
     def _fill(self, draws: _Draws, words: Int32, must_end: Bool) -> dict[int, str]:
         """Compute the masks of draws, one after the other in `words`; returns a message by draw that has failed."""
-        held = [(held.matcher, own.start, draft) for _, held, own, draft in draws.by_row if held.matcher is not None]
-        plain = [(matcher, first) for matcher, first, draft in held if not draft]
-        drafted = [each for each in held if each[2]]
+        plain: list[tuple[LLMatcher, int]] = []
+        drafted: list[tuple[LLMatcher, int, list[int]]] = []
+        for _, held, own, draft in draws.by_row:
+            if held.matcher is not None and not draft:
+                plain.append((held.matcher, own.start))
+                continue
+            # Without a grammar any token, and so behind a wrong token of a draft, where a draw does not count.
+            words[own] = -1
+            if held.matcher is not None:
+                drafted.append((held.matcher, own.start, draft))
         if plain:
             fill_next_token_bitmask_par(self._executor(draws), plain, words)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor(draws), drafted, words)
         errors: dict[int, str] = {}
-        for matcher, first, _ in held:
+        for _, held, own, draft in draws.by_row:
             # So is one that has failed.
-            if matcher.is_stopped():
-                place = int(draws.places[first])
+            if held.matcher is not None and held.matcher.is_stopped():
+                place = int(draws.places[own.start])
                 must_end[place] = True
-                if matcher.is_error():
-                    errors[place] = f"its structured output failed: {said(matcher.get_error())}"
-        for _, constraint, own, draft in draws.by_row:
-            if constraint.thinking is not None:
-                self._close_thoughts(constraint, draft, words[own])
+                if held.matcher.is_error():
+                    words[own] = -1
+                    errors[place] = f"its structured output failed: {said(held.matcher.get_error())}"
+            if held.thinking is not None:
+                self._close_thoughts(held, draft, words[own])
         return errors
 
     def _close_thoughts(self, constraint: _Constraint, draft: list[int], words: Int32) -> None:

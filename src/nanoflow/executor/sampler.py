@@ -108,7 +108,7 @@ class Sampler:
         numbers["first_free_stop"][masks.must_end] = 0
         token_ids, best = self._choose(logits, numbers, replace(self._state.tables, masks=masks.words))
         self._state.note(rows, token_ids)
-        self._constraints.note(rows, token_ids, followed_by)
+        self._constraints.note(token_ids)
         places = np.flatnonzero(self._wants_logprobs[rows])
         num_top = self._num_logprobs[rows[places]]
         logprobs: tuple[Tensor, ...] = ()
