@@ -115,6 +115,11 @@ RULES: dict[str, Rule] = {
     "nanoflow search profile.json -o plans.json --workloads 512/512": Parse(
         why="a minute", result="benchmarks/results/plans_llama-3-8b_h200_1024-512.json"
     ),
+    # docs/batches.md
+    "nanoflow search profile.json -o plans.json --workloads 8000/100x1,200/1000x12": Parse(
+        why="minutes", result="benchmarks/results/plans_llama-3-8b_h200_mix.json"
+    ),
+    "nanoflow batch requests.jsonl -o answers.jsonl --model preset:llama-3-8b --plan plans.json": Parse(why="a GPU"),
     "nanoflow plan show plans.json --profile profile.json --svg plan.svg": Run(writes=("plan.svg",)),
     "nanoflow simulate profile.json --plan plans.json --workload 512/512 --num-requests 1000": Run(
         instead="nanoflow simulate profile.json --plan plans.json --workload 512/512 --num-requests 100",

@@ -11,6 +11,7 @@ shorter. From the root of the repository:
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_vocabulary(Path(folder), args.vocab_size)
         text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+    if args.cores is not None:
+        os.cpu_count = lambda: args.cores
     grammars = Grammars(lambda: vocabulary(text, vocab_size=args.vocab_size, eos_token_ids=[0]))
     points = []
     for num_rows in args.rows:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{num_rows:>5} rows, {name:<8}", {key: points[-1][key] for key in ("thread_ms", "wall_ms")})
     grammars.close()
     if args.json is not None:
-        options = {name: getattr(args, name) for name in ("vocab_size", "iterations")}
+        options = {name: getattr(args, name) for name in ("vocab_size", "iterations", "cores")}
         write_document(args.json, "masks", options=options, points=points)
     return 0
 
@@ -61,6 +64,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[128], help="requests at once (default: 128)")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["list", "string"], help="default: list, string")
     parser.add_argument("--vocab-size", type=int, default=128_256, help="tokens of the vocabulary (default: 128256)")
+    parser.add_argument("--cores", type=int, help="as on a machine with so many cores (default: those that there are)")
     parser.add_argument("--iterations", type=int, default=15, help="how many count (default: 15)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
     parser.add_argument("--allow-dirty", action="store_true", help="also write a record of sources that no commit has")
