@@ -100,7 +100,8 @@ def test_experts_are_measured_with_the_rows_that_a_skew_gives_them(skew: float) 
     over_layers(workspace, lambda op: op.kind is OpKind.EXPERTS_IN, equal_requests(1, 0, 256, 16))
     ends = workspace.tensors["expert_ends"][0].tolist()
     assert ends[-1] == 1024 and ends == sorted(ends)
-    assert (ends[0] > 200 and ends[3] > 600) is (skew > 0.0)
+    # Chosen evenly, an expert has 64 rows and four have 256.
+    assert (ends[0] > 150 and ends[3] > 500) is (skew > 0.0)
 
 
 def test_a_profile_says_how_evenly_experts_were_chosen(tmp_path: Path) -> None:
