@@ -1,7 +1,7 @@
 """Which cases of a sweep run: a fixed part of them, or all with NANOFLOW_ALL_CASES=1, which `make test-all` sets.
 
 The part is the same on every machine and for every order of the cases, since it depends on their names alone. The
-sweep says what must be in it. Of tests that draw cases at random, the longest draw half as many.
+sweep says what must be in it. Of tests that draw cases at random, the longest draw a third as many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from itertools import product
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 RUNS_ALL_CASES = os.environ.get("NANOFLOW_ALL_CASES") == "1"
@@ -27,6 +28,16 @@ def part(cases: Sequence[T], *, of: Iterable[T]) -> list[T]:
     return every if RUNS_ALL_CASES else list(cases)
 
 
+def covering(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Combinations of the values of some axes: all those of all axes but the last, with whose values they take turns.
+
+    If all cases run these are all combinations.
+    """
+    every = list(product(*axes))
+    turns = (sum(places[:-1]) % len(axes[-1]) == places[-1] for places in product(*(range(len(axis)) for axis in axes)))
+    return every if RUNS_ALL_CASES else [case for case, has_turn in zip(every, turns, strict=True) if has_turn]
+
+
 def num_examples(most: int) -> int:
-    """How many examples a property test draws, of those that it draws if all cases run: half of them."""
-    return most if RUNS_ALL_CASES else most // 2
+    """How many examples a property test draws, of those that it draws if all cases run: a third of them."""
+    return most if RUNS_ALL_CASES else most // 3

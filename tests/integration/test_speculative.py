@@ -23,7 +23,7 @@ from nanoflow.plan.book import PlanEntry, StoredBook
 from nanoflow.plan.sequential import nanobatch_plan
 from nanoflow.request import Request, SamplingParams
 from nanoflow.scheduler.gain import Gain
-from tests.all_cases import part
+from tests.all_cases import covering, part
 from tests.driving import Prompt, Run, expect_less, greedy, run_engine
 from tests.toy_models import ENGINE_OPTIONS, VOCAB_SIZE, write_toy_model
 
@@ -60,8 +60,7 @@ def run(
         engine.close()
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("num_pages", [None, 24])
+@pytest.mark.parametrize(("is_async", "num_pages"), covering([False, True], [None, 24]))
 def test_greedy_answers_are_the_same(model: Path, is_async: bool, num_pages: int | None) -> None:
     prompts = repetitive_prompts(24)
     options: dict[str, Any] = {
@@ -209,19 +208,21 @@ def shown(outputs: list[RequestOutput]) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stop": ["return"]},
-        {"stop": ["+ b\n\n"], "include_stop_str_in_output": True},
-        {"stop": ["a, b"], "min_tokens": 20},
-        {"logprobs": 3, "prompt_logprobs": 1},
-        {"temperature": 0.8, "seed": 3, "n": 3},
-        {"bad_words": ["return"]},
-        {"logprobs": 2, "stop": ["b"]},
-    ],
+    ("options", "max_tokens"),
+    covering(
+        [
+            {},
+            {"stop": ["return"]},
+            {"stop": ["+ b\n\n"], "include_stop_str_in_output": True},
+            {"stop": ["a, b"], "min_tokens": 20},
+            {"logprobs": 3, "prompt_logprobs": 1},
+            {"temperature": 0.8, "seed": 3, "n": 3},
+            {"bad_words": ["return"]},
+            {"logprobs": 2, "stop": ["b"]},
+        ],
+        part([60], of=[1, 3, 60]),
+    ),
 )
-@pytest.mark.parametrize("max_tokens", part([3, 60], of=[1, 3, 60]))
 def test_texts_are_the_same(llms: tuple[LLM, LLM], options: dict[str, Any], max_tokens: int) -> None:
     options = {"temperature": 0.0, **options, "min_tokens": min(options.get("min_tokens", 0), max_tokens)}
     params = SamplingParams(max_tokens=max_tokens, **options)

@@ -92,11 +92,11 @@ MODELS: dict[str, tuple[OpGraph, tuple[int, ...]]] = {
 # Mixed batches have a kernel of every kind; drafts have rows of several tokens among decodes.
 PADDED = part(
     [
-        *(("sequential", batch) for batch in BATCHES),
+        ("sequential", "decodes"),
+        ("sequential", "prefills"),
         ("nano-batches", "mixed"),
         ("nano-batches", "drafts"),
         ("windows", "mixed"),
-        ("windows", "drafts"),
     ],
     of=[(model, batch) for model in MODELS for batch in BATCHES],
 )

@@ -18,6 +18,7 @@ from nanoflow.scheduler import Scheduler, SchedulerLimits, drafts
 from nanoflow.scheduler.drafts import Drafter
 from nanoflow.scheduler.gain import Gain
 from nanoflow.speculation import NgramSpeculation
+from tests.all_cases import num_examples
 from tests.unit.drafting_executor import DraftingExecutor, periodic_token, repetitive_token
 from tests.unit.fake_executor import Answer, Drive, Model, answer_alone
 from tests.unit.test_scheduler import make_limits, make_request, tokens
@@ -43,7 +44,7 @@ def drive_with_drafts(
     return Drive(limits, depth=depth, drafts=drafter, executor=DraftingExecutor(limits, model))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=num_examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(scenarios(), st.integers(1, 6), st.integers(1, 3))
 def test_every_request_gets_the_tokens_it_would_get_alone(
     always_pays: None, scenario: Scenario, num_draft_tokens: int, shortest: int

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nanoflow.config import ServerConfig
 from nanoflow.engine.tokenizer import REPLACEMENT, Tokenizer
 from nanoflow.server.app import create_app
+from tests.all_cases import num_examples
 from tests.local_engine import LocalEngine
 from tests.toy_tokenizers import (
     EOS,
@@ -89,7 +90,7 @@ def any_ids(kind: str) -> st.SearchStrategy[list[int]]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(data=st.data(), skips=st.booleans(), max_tokens=st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(60), deadline=None)
 def test_prompts_of_any_token_ids(kind: str, data: st.DataObject, skips: bool, max_tokens: int) -> None:
     """The prompt shows its special tokens, as it is what its user gave; the completion shows them if wanted."""
     tokenizer, prompt = TOKENIZERS[kind], data.draw(any_ids(kind))
@@ -109,7 +110,7 @@ def test_prompts_of_any_token_ids(kind: str, data: st.DataObject, skips: bool, m
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @given(text=st.text(st.sampled_from("hello world,.\n 漢字é🎓▁\ufffd" + EOS), min_size=1, max_size=20))
 @example(text="hello  world <|end|>hello")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(60), deadline=None)
 def test_prompts_of_any_text_are_echoed_as_they_were_given(kind: str, text: str) -> None:
     tokenizer = TOKENIZERS[kind]
     ids = tokenizer.encode(text)

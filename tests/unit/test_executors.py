@@ -14,13 +14,18 @@ from nanoflow.executor.pipelined import PipelinedExecutor
 from nanoflow.graph.graph import OpGraph
 from nanoflow.plan.plan import PlanError
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
+from tests.all_cases import num_examples
 from tests.graphs import batch_of, batches, device_model, graphs, valid_plans, with_fresh_caches
 from tests.reference_executor import ReferenceExecutor
 
 MAX_TOKENS = 12
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=num_examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(data=st.data())
 def test_any_valid_plan_gives_what_the_reference_gives(data: st.DataObject) -> None:
     graph = data.draw(graphs())
@@ -44,7 +49,11 @@ def test_any_valid_plan_gives_what_the_reference_gives(data: st.DataObject) -> N
         torch.testing.assert_close(cache.values, expected_cache.values, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=num_examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(data=st.data())
 def test_an_exchange_of_dependent_nano_operations_is_refused_and_named(data: st.DataObject) -> None:
     graph = data.draw(graphs())

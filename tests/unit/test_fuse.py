@@ -20,6 +20,7 @@ from nanoflow.graph.shard import shard
 from nanoflow.kernels import reference
 from nanoflow.models.presets import preset_config
 from nanoflow.models.registry import build_graph
+from tests.all_cases import num_examples
 from tests.graphs import batches, device_model, graphs, valid_plans, with_fresh_caches, with_operations
 from tests.reference_executor import ReferenceExecutor
 
@@ -36,7 +37,11 @@ def _change(graph: OpGraph, name: str, **changes: object) -> OpGraph:
     return with_operations(graph, layer)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=num_examples(40),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(data=st.data())
 def test_any_plan_of_a_fused_graph_gives_what_the_plain_graph_gives(data: st.DataObject) -> None:
     graph = data.draw(graphs())

@@ -19,6 +19,7 @@ from nanoflow.plan.liveness import ALIGNMENT, conflicts, place, shapes_of, works
 from nanoflow.plan.plan import NanoOperation, PipelinePlan
 from nanoflow.plan.sequential import nanobatch_plan, sequential_plan
 from nanoflow.search.carry import carry_plan
+from tests.all_cases import num_examples
 from tests.graphs import device_model, graphs, valid_plans, with_operations
 from tests.plans import resource_plan
 
@@ -39,7 +40,7 @@ def overlap(begins: dict[str, int], num_bytes: dict[str, int], one: str, other: 
     return begins[one] < begins[other] + num_bytes[other] and begins[other] < begins[one] + num_bytes[one]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(60), deadline=None)
 @given(data=st.data())
 def test_what_a_plan_may_need_at_once_never_overlaps(data: st.DataObject) -> None:
     graph = data.draw(graphs())

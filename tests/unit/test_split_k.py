@@ -24,6 +24,7 @@ from nanoflow.kernels.triton_split_k import (
     run_linear_add_split_k,
     run_linear_split_k,
 )
+from tests.all_cases import covering
 from tests.gemm_cases import (
     assert_linear,
     assert_linear_swiglu,
@@ -57,10 +58,12 @@ def splits(launch: Launch, num_programs: int, tiles: GemmTiles = SMALL) -> set[i
     return set() if most < 2 else {2, most}
 
 
-@pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
-@pytest.mark.parametrize("num_programs", [2, 5, 7, 11, 40])
-@pytest.mark.parametrize(("tiles", "has_bias"), [(SMALL, True), (replace(SMALL, store_n=16), False)])
-def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "num_programs", "kind"),
+    covering(SHAPES, [2, 5, 7, 11, 40], [(SMALL, True), (replace(SMALL, store_n=16), False)]),
+)
+def test_linear(sizes: tuple[int, tuple[int, int]], num_programs: int, kind: tuple[GemmTiles, bool]) -> None:
+    (num_tokens, shape), (tiles, has_bias) = sizes, kind
     launch = linear_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
     workspace = poisoned(num_programs, tiles)
     for num_splits in splits(launch, num_programs, tiles):
@@ -70,10 +73,9 @@ def test_linear(tiles: GemmTiles, num_tokens: int, shape: tuple[int, int], has_b
         assert not workspace.flags.any()
 
 
-@pytest.mark.parametrize(("num_tokens", "shape"), SHAPES)
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_programs", [5, 7, 40])
-def test_linear_add(num_tokens: int, shape: tuple[int, int], has_bias: bool, num_programs: int) -> None:
+@pytest.mark.parametrize(("sizes", "num_programs", "has_bias"), covering(SHAPES, [5, 7, 40], [False, True]))
+def test_linear_add(sizes: tuple[int, tuple[int, int]], num_programs: int, has_bias: bool) -> None:
+    num_tokens, shape = sizes
     launch, expected = linear_add_case(num_tokens, shape, DTYPE, CPU, has_bias=has_bias)
     workspace, before = poisoned(num_programs), launch.writes[0].clone()
     for num_splits in splits(launch, num_programs):

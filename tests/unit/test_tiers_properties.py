@@ -19,6 +19,7 @@ from nanoflow.scheduler import SchedulerLimits, lower_tiers
 from nanoflow.scheduler.drafts import Drafter
 from nanoflow.scheduler.gain import Gain
 from nanoflow.speculation import NgramSpeculation
+from tests.all_cases import num_examples
 from tests.unit.drafting_executor import repetitive_token
 from tests.unit.fake_executor import Answer, answer_alone
 from tests.unit.fake_tiers import FakeDisk, TierDrive
@@ -219,7 +220,7 @@ def check_answers(drive: TierDrive, requests: list[Request], aborted: set[int], 
             assert answer == expected
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=num_examples(60), deadline=None, suppress_health_check=list(HealthCheck))
 @given(tier_scenarios())
 def test_every_request_reads_what_it_would_have_computed(scenario: TierScenario) -> None:
     drive = drive_of(scenario)

@@ -19,6 +19,7 @@ from nanoflow.graph.operation import AttentionDims, Operation, OpKind, Resource,
 from nanoflow.kernels import reference, triton_attention
 from nanoflow.kernels.launch import BatchInputs, Launch, LayerCache, PrefillInputs
 from nanoflow.kernels.triton_attention import Tiles
+from tests.all_cases import covering
 from tests.graphs import PAGE_SIZE, batch_of
 
 # The logarithm of an empty part's sum is -inf on purpose; NumPy warns.
@@ -75,10 +76,9 @@ def _launch(
     )
 
 
-@pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (8, 16), (2, 24)])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_decode(window: int | None, group: int, head_dim: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("window", "sizes", "splits"), covering([None, 1, 20], [(1, 32), (8, 16), (2, 24)], [1, 4]))
+def test_decode(window: int | None, sizes: tuple[int, int], splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, head_dim = sizes
     monkeypatch.setattr(triton_attention, "_MIN_SPLIT_TOKENS", 16)
     inputs, dims = _inputs(), _dims(group, head_dim, window)
     clean, poisoned = _caches(inputs, dims)
@@ -105,10 +105,9 @@ def test_decode_leaves_padding_alone(splits: int) -> None:
     assert launch.writes[0][3:].isnan().all()
 
 
-@pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize(("group", "head_dim"), [(1, 32), (3, 16), (2, 24)])
-@pytest.mark.parametrize("cut", [0, 48])
-def test_prefill(window: int | None, group: int, head_dim: int, cut: int) -> None:
+@pytest.mark.parametrize(("window", "sizes", "cut"), covering([None, 1, 20], [(1, 32), (3, 16), (2, 24)], [0, 48]))
+def test_prefill(window: int | None, sizes: tuple[int, int], cut: int) -> None:
+    group, head_dim = sizes
     inputs, dims = _inputs(), _dims(group, head_dim, window)
     clean, poisoned = _caches(inputs, dims)
     q = torch.randn(inputs.num_tokens, dims.q_width)
