@@ -4,8 +4,9 @@ The file has two parts, each of which may be empty: `--groups` of `--lines` requ
 requests of a mix of lengths. All lines are in random order (or kind after kind, with `--in-turn`). From the root of the
 repository:
 
-    python -m benchmarks.engine.batch_order --groups 40 --lines 10 --options "--kv-cache-gib 0.015625"
-    python -m benchmarks.engine.batch_order --model preset:llama-3-8b --mix 8000/100:200,200/1000:2400 --in-turn
+    python -m benchmarks.engine.batch_order --groups 40 --lines 10 --options='--kv-cache-gib 0.015625'
+    python -m benchmarks.engine.batch_order --model preset:llama-3-8b --mix 8000/100:200,200/1000:2400 --in-turn \\
+        --options=--skip-tokenizer-init
 
 Lengths of the mix are tokens, as its prompts are token ids. Told are seconds of answering without the start, tokens/s
 of prompts and completions, and the part of the prompts' tokens that the prefix cache had.
@@ -92,7 +93,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mix", metavar="IN/OUT:REQUESTS,IN/OUT:REQUESTS", help="further requests (default: none)")
     parser.add_argument("--in-turn", action="store_true", help="kind after kind as they are named, instead of shuffled")
     parser.add_argument(
-        "--options", default="", metavar="TEXT", help="options of the engine, as nanoflow batch has them"
+        "--options", default="", metavar="TEXT", help="of the engine, as --options='--kv-cache-gib 1' (default: none)"
     )
     parser.add_argument("--repeats", type=int, default=2, help="runs of each order (default: 2)")
     parser.add_argument("--json", type=Path, help="file to write the record to")
