@@ -39,7 +39,9 @@ def test_no_requests_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give --groups, --mix or both" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("status", "told"), [(0, "tokens in 1,002.5 s, 12 tokens/s\n"), (0, "nothing"), (1, "no such model")])
+@pytest.mark.parametrize(
+    ("status", "told"), [(0, "tokens in 1,002.5 s, 12 tokens/s\n"), (0, "nothing"), (1, "no such model")]
+)
 def test_a_run_is_what_its_summary_and_answers_say(
     status: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
