@@ -45,8 +45,6 @@ def is_trace(workload: str) -> bool:
 
 def file_name(workload: str) -> str:
     """The workload as a part of a file's name."""
-    return (
-        Path(workload.removeprefix("trace:")).stem
-        if is_trace(workload)
-        else workload.replace("/", "-").replace(",", "_")
-    )
+    if is_trace(workload):
+        return Path(workload.removeprefix("trace:")).stem
+    return workload.replace("/", "-").replace(",", "_")

@@ -5,7 +5,7 @@ requests of a mix of lengths. All lines are in random order (or kind after kind,
 repository:
 
     python -m benchmarks.engine.batch_order --groups 40 --lines 10 --options='--kv-cache-gib 0.015625'
-    python -m benchmarks.engine.batch_order --model preset:llama-3-8b --mix 8000/100:200,200/1000:2400 --in-turn \\
+    python -m benchmarks.engine.batch_order --model preset:llama-3-8b --mix 8000/100x200,200/1000x2400 --in-turn \\
         --options=--skip-tokenizer-init
 
 Lengths of the mix are tokens, as its prompts are token ids. Told are seconds of answering without the start, tokens/s
@@ -23,16 +23,16 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.document import write_document
-from benchmarks.predictions.batch_order import arrived
 from nanoflow.bench.provenance import require_clean
 from nanoflow.cli.options import CommandParser
 from nanoflow.config import DEFAULT_MODEL
+from nanoflow.workload import kinds_of
 
 ORDERS = ("arrival", "throughput")
 _WALL = re.compile(r" in ([\d,.]+) s, [\d,]+ tokens/s")
@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = list[Run]()
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "in.jsonl"
-        bodies = list(_bodies(args))
-        source.write_text("".join(_line(number, body) for number, body in enumerate(bodies)), encoding="utf-8")
+        source.write_text("".join(_line(*each) for each in enumerate(_bodies(args))), encoding="utf-8")
         for repeat in range(args.repeats):
             for order in ORDERS:
                 runs.append(measured(source, Path(name) / f"{order}-{repeat}.jsonl", order, args))
@@ -90,7 +89,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lines", type=int, default=10, help="requests of each group (default: 10)")
     parser.add_argument("--words", type=int, default=150, help="words of a group's beginning (default: 150)")
     parser.add_argument("--output-len", type=int, default=8, help="tokens of a group's completions (default: 8)")
-    parser.add_argument("--mix", metavar="IN/OUT:REQUESTS,IN/OUT:REQUESTS", help="further requests (default: none)")
+    parser.add_argument("--mix", metavar="IN/OUTxREQUESTS,IN/OUTxREQUESTS", help="further requests (default: none)")
     parser.add_argument("--in-turn", action="store_true", help="kind after kind as they are named, instead of shuffled")
     parser.add_argument(
         "--options", default="", metavar="TEXT", help="of the engine, as --options='--kv-cache-gib 1' (default: none)"
@@ -122,7 +121,7 @@ def measured(source: Path, output: Path, order: str, args: argparse.Namespace) -
     )
 
 
-def _bodies(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _bodies(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The requests, in the order of the file."""
     draw, found = random.Random(0), list[dict[str, Any]]()
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 8))) for _ in range(_NUM_WORDS)]
@@ -131,12 +130,12 @@ def _bodies(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for _ in range(args.lines):
             prompt = f"{beginning} {' '.join(draw.choices(words, k=10))}"
             found.append({"prompt": prompt, "max_tokens": args.output_len, "ignore_eos": True})
-    for length in [] if args.mix is None else arrived(args.mix, "prompts first", seed=0):
+    for length in [] if args.mix is None else kinds_of(args.mix):
         token_ids = draw.choices(_TOKEN_IDS, k=length.num_prompt_tokens)
         found.append({"prompt": token_ids, "max_tokens": length.num_output_tokens, "ignore_eos": True})
     if not args.in_turn:
         draw.shuffle(found)
-    yield from found
+    return found
 
 
 def _text(run: Run) -> str:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_vocabulary(Path(folder), args.vocab_size)
         text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
     if args.cores is not None:
+        # By which `Constraints` chooses its threads.
         os.cpu_count = lambda: args.cores
     grammars = Grammars(lambda: vocabulary(text, vocab_size=args.vocab_size, eos_token_ids=[0]))
     points = []

@@ -32,7 +32,7 @@ from nanoflow.plan.book import load_book
 from nanoflow.profile.estimate import estimated_profile
 from nanoflow.profile.table import Profile
 from nanoflow.simulate.serving import Cluster, SimulatedRun, limits_for, simulate
-from nanoflow.workload import Lengths, draw_lengths
+from nanoflow.workload import Lengths, kinds_of
 
 ARRIVALS = ("prompts first", "completions first", "shuffled")
 
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--mixes",
         nargs="+",
-        default=["8000/100:300,200/1000:2400"],
-        metavar="IN/OUT:REQUESTS,IN/OUT:REQUESTS",
-        help="kinds of requests, and how many (8000/100:300,200/1000:2400)",
+        default=["8000/100x300,200/1000x2400"],
+        metavar="IN/OUTxREQUESTS,IN/OUTxREQUESTS",
+        help="kinds of requests, and how many (8000/100x300,200/1000x2400)",
     )
     parser.add_argument("--arrivals", nargs="+", default=ARRIVALS, choices=ARRIVALS, help="orders of arrival (all)")
     parser.add_argument("--look-ahead", type=int, default=10_000, help="lines among which the order is chosen (10000)")
@@ -111,13 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def arrived(mix: str, arrival: str, seed: int) -> list[Lengths]:
     """The requests of a mix in an order of arrival; the first kind are the long prompts."""
-    kinds = []
-    for text in mix.split(","):
-        workload, _, count = text.rpartition(":")
-        kinds.append(draw_lengths(workload, int(count), seed))
+    lengths = kinds_of(mix)
     if arrival == "completions first":
-        kinds.reverse()
-    lengths = [length for kind in kinds for length in kind]
+        lengths.reverse()
     if arrival == "shuffled":
         random.Random(seed).shuffle(lengths)
     return lengths

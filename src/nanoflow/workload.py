@@ -106,18 +106,15 @@ def kinds_of(workload: str) -> list[Lengths]:
     """
     if workload.startswith(_TRACE):
         return read_trace(Path(workload.removeprefix(_TRACE)))
-    kinds = [_KIND.fullmatch(text) for text in workload.split(",")]
-    found = [
-        length
-        for match in kinds
-        if match
-        for length in [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * int(match[3] or 1)
-    ]
-    if None in kinds:
-        raise ConfigError(
-            f"workload must be IN/OUT (as 512/512), a mix (as 8000/100x1,200/1000x12) or trace:FILE.csv, "
-            f"got {workload!r}"
-        )
+    found = list[Lengths]()
+    for text in workload.split(","):
+        match = _KIND.fullmatch(text)
+        if match is None:
+            raise ConfigError(
+                f"workload must be IN/OUT (as 512/512), a mix (as 8000/100x1,200/1000x12) or trace:FILE.csv, "
+                f"got {workload!r}"
+            )
+        found += [Lengths(num_prompt_tokens=int(match[1]), num_output_tokens=int(match[2]))] * int(match[3] or 1)
     return found
 
 

@@ -94,7 +94,7 @@ def test_token_ids_are_prefixes_too() -> None:
 
 
 def test_the_benchmark_orders_what_came() -> None:
-    mix = "8000/100:3,200/1000:9"
+    mix = "8000/100x3,200/1000x9"
     first, last, mixed = (batch_order.arrived(mix, arrival, 0) for arrival in batch_order.ARRIVALS)
     assert first[0].num_prompt_tokens == last[-1].num_prompt_tokens == 8000 and sorted(map(str, mixed)) == sorted(
         map(str, first)

@@ -15,7 +15,7 @@ GROUPS = ["--groups", "3", "--lines", "4", "--words", "20"]
 
 
 def bodies(*argv: str) -> list[dict[str, Any]]:
-    return list(batch_order._bodies(parse_args(argv)))
+    return batch_order._bodies(parse_args(argv))
 
 
 def test_lines_of_a_group_begin_alike_and_end_differently() -> None:
@@ -27,7 +27,7 @@ def test_lines_of_a_group_begin_alike_and_end_differently() -> None:
 
 
 def test_a_mix_has_its_lengths_kind_after_kind_if_asked() -> None:
-    mix = ["--mix", "40/5:2,10/20:3"]
+    mix = ["--mix", "40/5x2,10/20x3"]
     in_turn = [(len(body["prompt"]), body["max_tokens"]) for body in bodies(*mix, "--in-turn")]
     assert in_turn == [(40, 5)] * 2 + [(10, 20)] * 3
     assert len(bodies(*mix, *GROUPS)) == 17

@@ -89,10 +89,12 @@ class _Draws:
     Attributes:
         places: int64 [M], which of the iteration's draws they are.
         by_row: Those of each row; rows of one grammar stand together, so that mostly one thread has them.
+        num_grammars: How many compiled grammars these rows have; at least 1 if there are rows.
     """
 
     places: Int64
     by_row: list[_RowDraws]
+    num_grammars: int
 
 
 class Constraints:
@@ -162,8 +164,7 @@ class Constraints:
 
     def _executor(self, draws: _Draws) -> LLExecutor:
         """Threads for the matchers of draws, as many as do not wait for each other: at most one for each grammar."""
-        num_grammars = len({each.held.grammar for each in draws.by_row})
-        most = min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1), num_grammars)
+        most = min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1), draws.num_grammars)
         # A power of two, so that there are few pools of threads.
         num_threads = 1 << (most.bit_length() - 1)
         if num_threads not in self._executors:
@@ -203,7 +204,8 @@ class Constraints:
             for row, first, draft in zip(owners, firsts, drafts, strict=True)
         ]
         by_row.sort(key=lambda each: each.held.grammar)
-        return _Draws(places=places, by_row=by_row)
+        num_grammars = len({each.held.grammar for each in by_row})
+        return _Draws(places=places, by_row=by_row, num_grammars=num_grammars)
 
     def _masks(self, count: int) -> Tensor:
         """Room for so many masks, int32 [count, W] on the host, in pinned memory where the device is a GPU."""

@@ -94,7 +94,7 @@ class Grammars:
         while (future := self._find(structured)) is None:
             self.wait(1.0)
         first = future.result()
-        another = self._find(structured, copy)
+        another = self._find(structured, copy) if copy else None
         return first if another is None or not another.done() or another.exception() else another.result()
 
     def matcher(self, structured: Structured) -> LLMatcher:
