@@ -162,12 +162,13 @@ class _Run:
 
 
 def _run(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, count: int) -> _Run:
-    """Run requests of which the first `count` have the shape."""
+    """Run requests of which `count` have the shape, spread evenly among all: the first ones start first."""
     free = SamplingParams(max_tokens=length, ignore_eos=True)
     # An end of sequence may be a word of the made vocabulary as well.
     never = dict.fromkeys(llm.facts.eos_token_ids, -100.0)
     held = SamplingParams(max_tokens=length, structured_outputs=shape, logit_bias=never)  # type: ignore[arg-type]
-    params = [held if row < count else free for row in range(rows)]
+    is_held = [(row + 1) * count // rows > row * count // rows for row in range(rows)]
+    params = [held if has_shape else free for has_shape in is_held]
     prompts = [[(row * 7 + place) % 250 for place in range(_PROMPT_TOKENS)] for row in range(rows)]
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -175,7 +176,10 @@ def _run(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, coun
     for output in outputs:
         if len(output.outputs[0].token_ids) != length:
             raise RuntimeError(f"a run has ended early: {output.error or output.outputs[0].text[-80:]!r}")
-    classes = {"held": outputs[:count], "free": outputs[count:]}
+    classes = {
+        "held": [output for output, has_shape in zip(outputs, is_held, strict=True) if has_shape],
+        "free": [output for output, has_shape in zip(outputs, is_held, strict=True) if not has_shape],
+    }
     rates = {name: statistics.median(map(_tokens_per_s, some)) for name, some in classes.items() if some}
     return _Run(took_s=took_s, rates=rates)
 
