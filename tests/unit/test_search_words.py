@@ -29,12 +29,16 @@ STORED_BOOKS = sorted((*RESULTS.glob("plans_*.json"), *(RESULTS / "ladder" / "bo
 
 @pytest.mark.parametrize("path", STORED_BOOKS, ids=lambda path: path.stem)
 def test_no_stored_plan_is_predicted_to_lose_with_the_stored_profile(path: Path) -> None:
-    """Of every entry of every committed book the batch in the middle of its ranges, by the profile of its model."""
+    """Of every entry of every committed book the batch in the middle of its ranges, by the profile of its model.
+
+    A book whose name says fp8 is for the model with weights in FP8.
+    """
     book = load_book(path)
     assert book.made_for is not None
     if not book.entries:
         return
-    stored = RESULTS / f"profile_{book.made_for.model.removeprefix('preset:').replace('3.1-8b', '3-8b')}_h200.json"
+    name = book.made_for.model.removeprefix("preset:").replace("3.1-8b", "3-8b")
+    stored = RESULTS / f"profile_{name}_h200{'_fp8' if '_fp8' in path.stem else ''}.json"
     model = IterationModel(Profile.load(stored))
     for entry in book.entries:
         shape = middle_of(entry)
