@@ -75,6 +75,17 @@ def test_every_operation_has_its_points() -> None:
     assert of["prefill_attention"] == [(8, 4.5), (8, 28.5), (48, 8.5), (48, 32.5)]
 
 
+@pytest.mark.parametrize(("is_quick", "measure_s"), [(False, 0.4), (True, 0.2)])
+def test_a_quick_look_settles_as_long(
+    is_quick: bool, measure_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before power and clocks have settled, a GPU draws more than its limit and is faster than it can stay."""
+    monkeypatch.setitem(SPANS, "cpu", Span(settle_s=0.1, measure_s=0.4))
+    path = tmp_path / "profile.json"
+    job = new_job("tiny", CONFIG, device=SITE.device, dtype=SITE.dtype, sizes=SIZES, path=path, is_quick=is_quick)
+    assert job.span == Span(settle_s=0.1, measure_s=measure_s)
+
+
 def test_products_are_dense_up_to_2048_tokens_and_coarser_above() -> None:
     found = [t.num_tokens for t in tasks(SITE, Sizes(max_tokens=8192)) if t.operation == "qkv_proj"]
     assert found == [*range(128, 2049, 128), 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192]
