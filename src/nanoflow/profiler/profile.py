@@ -167,11 +167,13 @@ def new_job(
         iteration_gap_s=ITERATION_GAP_S,
     )
     profile = blank if is_fresh or not path.exists() else _continued(path, blank)
+    return Job(site=site, sizes=sizes, profile=profile, span=_span(device, is_quick=is_quick), only=only)
+
+
+def _span(device: torch.device, *, is_quick: bool) -> Span:
+    """A quick look settles as long: a GPU that has not draws more than its limit, which flatters pairs most."""
     span = SPANS[device.type]
-    if is_quick:
-        # A GPU that has not settled draws more than its limit, which flatters what runs side by side.
-        span = replace(span, measure_s=span.measure_s / 2)
-    return Job(site=site, sizes=sizes, profile=profile, span=span, only=only)
+    return replace(span, measure_s=span.measure_s / 2) if is_quick else span
 
 
 def run_job(job: Job, path: Path, *, show_progress: bool = False) -> Profile:
