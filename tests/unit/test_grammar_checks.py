@@ -79,6 +79,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "remote": ({"json": {"$ref": "http://127.0.0.1:9/x.json"}}, "the schema cannot be used: Resource 'http://127"),
     "file": ({"json": {"$ref": "file:///etc/passwd"}}, "the schema cannot be used: Resource 'file:///etc/passwd'"),
     "keyword": ({"json": {"uniqueItems": True}}, 'the schema cannot be used: Unimplemented keys: ["uniqueItems"]'),
+    "names that repeat": (
+        {"json": {"anyOf": [{"patternProperties": {"^x": {}}, "minProperties": 2}]}},
+        "the schema cannot be used: minProperties 2 cannot be held where names are free",
+    ),
+    "too many digits": (
+        {"json": {"items": [{"enum": ["a", {"b": 9007199254740993}]}]}},
+        "the schema cannot be used: the number 9007199254740993 of const or enum has too many digits",
+    ),
+    "above nothing": (
+        {"json": {"properties": {"a": {"exclusiveMinimum": 0, "maximum": 0.5}}}},
+        "the schema cannot be used: exclusiveMinimum 0 cannot be held with another bound nearer than 1: use minimum",
+    ),
     "contradiction": ({"json": {"type": "integer", "minimum": 2, "maximum": 1}}, "the schema cannot be used: "),
     "huge enum": ({"json": {"enum": [f"v{i}" for i in range(25_000)]}}, "the schema cannot be used: initial lexer"),
     "open": ({"regex": "(a"}, "the regex cannot be used: at 1(8): invalid regex"),
