@@ -157,7 +157,8 @@ def test_help_answers_at_once() -> None:
         subprocess.run([sys.executable, "-m", "nanoflow", "serve", "--help"], capture_output=True, check=True)
         return time.perf_counter() - start_s
 
-    assert min(seconds() for _ in range(5)) < 0.3 * slowness()
+    # In turn, as the speed of a shared machine changes from one second to the next.
+    assert min(seconds() / slowness() for _ in range(5)) < 0.3
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
