@@ -167,8 +167,7 @@ def _run(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, coun
     # An end of sequence may be a word of the made vocabulary as well.
     never = dict.fromkeys(llm.facts.eos_token_ids, -100.0)
     held = SamplingParams(max_tokens=length, structured_outputs=shape, logit_bias=never)  # type: ignore[arg-type]
-    is_held = [(row + 1) * count // rows > row * count // rows for row in range(rows)]
-    params = [held if has_shape else free for has_shape in is_held]
+    params = [held if (row + 1) * count // rows > row * count // rows else free for row in range(rows)]
     prompts = [[(row * 7 + place) % 250 for place in range(_PROMPT_TOKENS)] for row in range(rows)]
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -176,9 +175,10 @@ def _run(llm: LLM, rows: int, length: int, shape: Mapping[str, Any] | None, coun
     for output in outputs:
         if len(output.outputs[0].token_ids) != length:
             raise RuntimeError(f"a run has ended early: {output.error or output.outputs[0].text[-80:]!r}")
+    kinds = {"held": held, "free": free}
     classes = {
-        "held": [output for output, has_shape in zip(outputs, is_held, strict=True) if has_shape],
-        "free": [output for output, has_shape in zip(outputs, is_held, strict=True) if not has_shape],
+        name: [output for output, one in zip(outputs, params, strict=True) if one is kind]
+        for name, kind in kinds.items()
     }
     rates = {name: statistics.median(map(_tokens_per_s, some)) for name, some in classes.items() if some}
     return _Run(took_s=took_s, rates=rates)

@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from nanoflow.engine.template_process import limit_memory
 from nanoflow.grammars.text import GrammarError, grammar_of, in_lark, limits, said
+from nanoflow.grammars.unheld import unheld_in
 from nanoflow.structured import Structured
 
 # A recursion that fits into this stack fits into those of the engine, which are at least twice as large.
@@ -54,6 +55,8 @@ def _fault(structured: Structured, vocabulary: LLTokenizer) -> str | None:
     is_wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits())
     if is_wrong:
         return said(messages[0])
+    if (reason := unheld_in(structured)) is not None:
+        return said(reason)
     matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits())
     matcher.compute_bitmask()
     if not matcher.is_error():

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
-from nanoflow.grammars.unheld import unheld
 from nanoflow.structured import GrammarKind, Structured
 
 # Between the tokens of JSON: a newline and the indentation of some levels. Without a bound a weak model would go on.
@@ -68,14 +66,8 @@ def said(message: str) -> str:
 
 
 def _json(text: str) -> str:
-    _check_held(json.loads(text))
     # A schema's `oneOf` whose branches cannot be told apart is read as `anyOf`.
     return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE, "coerce_one_of": True})
-
-
-def _check_held(schema: Any) -> None:
-    if (reason := unheld(schema)) is not None:
-        raise GrammarError(said(reason))
 
 
 def _choice(text: str) -> str:
@@ -86,8 +78,6 @@ def _choice(text: str) -> str:
 
 def _tags(text: str) -> str:
     given = json.loads(text)
-    for one in given["structures"]:
-        _check_held(one["schema"])
     tags = [
         StructTag(
             trigger=max((each for each in given["triggers"] if one["begin"].startswith(each)), key=len),

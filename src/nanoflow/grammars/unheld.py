@@ -1,13 +1,16 @@
 """What a JSON schema may say that llguidance takes, but does not hold completions to.
 
-Such a schema is refused: what ends by itself has to be valid. What llguidance cannot read it refuses itself, when the
-grammar is compiled (`text.py`).
+Such a schema is refused when it is first compiled (`engine/grammar_process.py`), since what ends by itself has to be
+valid. What llguidance cannot read it refuses itself.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
+
+from nanoflow.structured import Structured
 
 # Where a schema has further schemas: by name, as a list, and alone (or as a list, in older drafts).
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
@@ -16,6 +19,15 @@ _ALONE = ("items", "additionalItems", "additionalProperties")
 # llguidance keeps numbers as doubles, and may be off in the last place from more digits than this.
 _MAX_DIGITS = 15
 _MAX_EXACT = 1 << 53
+
+
+def unheld_in(structured: Structured) -> str | None:
+    """`unheld` of the schemas in a shape; None if it has none."""
+    if structured.kind not in ("json", "structural_tag"):
+        return None
+    given = json.loads(structured.text)
+    schemas = [given] if structured.kind == "json" else [one["schema"] for one in given["structures"]]
+    return next((reason for each in schemas if (reason := unheld(each)) is not None), None)
 
 
 def unheld(schema: Any) -> str | None:
@@ -32,7 +44,7 @@ def _repeats_names(schema: Mapping[str, Any]) -> str | None:
     """Names that the schema does not say may come twice; one more than is required is sure to be another one."""
     count, required = schema.get("minProperties"), schema.get("required")
     sure = len({key for key in required if isinstance(key, str)}) if isinstance(required, list) else 0
-    if not isinstance(count, (int, float)) or count <= sure + 1 or not _is_open(schema):
+    if not _is_number(count) or count <= sure + 1 or not _is_open(schema):
         return None
     return f"minProperties {count} cannot be held where names are free: require them, or forbid others"
 
