@@ -33,6 +33,8 @@ INTEGER = {"type": "integer"}
         {"exclusiveMinimum": 0, "exclusiveMaximum": 1},
         {"exclusiveMinimum": 0, "minimum": 0.1, "maximum": 0.5},
         {"minimum": 0, "maximum": 0.5},
+        {"minimum": 0, "exclusiveMinimum": False, "maximum": 0.5},
+        {"exclusiveMinimum": True, "maximum": 0.5},
         # Of no schema others say what is wrong with it.
         {"minProperties": "2", "required": "a", "properties": 1, "allOf": {}, "enum": 3, "exclusiveMinimum": "0"},
         True,
@@ -54,6 +56,7 @@ def test_what_can_be_held_passes(schema: Any) -> None:
         {"exclusiveMinimum": 0, "exclusiveMaximum": 0.01},
         {"minimum": -0.5, "exclusiveMaximum": 0},
         {"minimum": 0, "exclusiveMinimum": 0, "maximum": 0.5},
+        {"minimum": 0, "exclusiveMinimum": True, "maximum": 0.5},
     ],
 )
 def test_what_cannot_is_found_wherever_it_stands(schema: Any) -> None:

@@ -63,7 +63,9 @@ def _lets_zero_pass(schema: Mapping[str, Any]) -> str | None:
     ):
         ends = [sign * schema[key] for key in others if _is_number(schema.get(key))]
         start = sign * schema[including] if _is_number(schema.get(including)) else 0
-        is_zero = _is_number(schema.get(excluding)) and schema[excluding] == 0
+        # In draft 4 it is a flag of the other one.
+        zero = including if schema.get(excluding) is True else excluding
+        is_zero = _is_number(schema.get(zero)) and schema[zero] == 0
         if is_zero and start <= 0 and ends and 0 < min(ends) < 1:
             return f"{excluding} 0 cannot be held with another bound nearer than 1: use {including}"
     return None
